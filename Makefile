@@ -1,0 +1,52 @@
+# make demo   train EntropySGD beside SGD on data bundled with scikit-learn
+# make test   everything that needs no GPU (make test-quick: without the slow tests)
+# make lint   ruff, mypy, clang-format
+# Each target makes its own virtual environment in .venv, installs pinned versions and builds the package. Needs Python >= 3.10;
+# a C++ compiler makes the fast backend (without one the package runs on eager torch).
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := $(shell find csrc deeprelax_cuda bench -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.json') \
+	CMakeLists.txt setup.py pyproject.toml
+NATIVE := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+.PHONY: demo test test-quick test-cpp bench lint format clean
+
+demo: .venv/installed
+	$(BIN)/deeprelax train --data digits --method sgd entropy-sgd --out runs/demo
+
+test: .venv/installed lint test-cpp
+	$(BIN)/pytest
+
+test-quick: .venv/installed
+	$(BIN)/pytest -m "not slow"
+
+test-cpp: .venv/environment
+	$(BIN)/cmake -S . -B build/cpp -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
+	$(BIN)/cmake --build build/cpp
+	$(BIN)/ctest --test-dir build/cpp --output-on-failure
+
+bench: .venv/installed
+	$(BIN)/python bench/cpu_step.py --out bench/results/cpu-step.json
+
+lint: .venv/environment
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+
+format: .venv/environment
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
+
+.venv/environment: requirements-dev.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	touch $@
+
+.venv/installed: .venv/environment $(SOURCES)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --force-reinstall .
+	touch $@
+
+clean:
+	rm -rf .venv build runs *.egg-info

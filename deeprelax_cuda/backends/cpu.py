@@ -1,0 +1,97 @@
+"""The C++ backend for CPU tensors: SIMD chosen at run time, as many threads as torch uses, one native call for all tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deeprelax_cuda.steps import STORED, Scalars, Tensors
+
+try:
+    from deeprelax_cuda import _native
+except ImportError as error:  # not built, or built for another Python: kept, and said when somebody asks
+    _native = None  # type: ignore[assignment]
+    _import_error: str | None = str(error)
+else:
+    _import_error = None
+
+NAME = "cpu"
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why this backend cannot serve parameters of that device and type, or None where it can."""
+    if device.type != "cpu":
+        return f"the cpu backend serves CPU tensors, not {device.type}"
+    if dtype not in STORED:
+        return f"the cpu backend has no {dtype}"
+    if _import_error is not None:
+        return f"the native module was not built or does not load: {_import_error}"
+    return None
+
+
+class CpuPlan:
+    """A native table of the addresses of a call's tensors."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        # The table holds addresses only; whoever made the plan keeps the tensors.
+        def addresses(role: list[Tensor]) -> list[int]:
+            return [t.data_ptr() for t in role]
+
+        self._table: Any = None
+        if tensors.params:
+            self._table = _native.Table(
+                _DTYPES[tensors.params[0].dtype],
+                [p.numel() for p in tensors.params],
+                tensors.numbers,
+                tensors.places,
+                addresses(tensors.params),
+                addresses(tensors.anchors),
+                addresses(tensors.averages),
+                addresses(tensors.momenta),
+                addresses(tensors.masters),
+                addresses(tensors.outer_momenta),
+                addresses(tensors.consensus),
+            )
+
+    def run(
+        self, grads: Sequence[Tensor], scalars: Scalars, inv_scale: Tensor | None = None, found_inf: Tensor | None = None
+    ) -> None:
+        """Take the step; see `deeprelax_cuda.steps.Plan`."""
+        if self._table is None:
+            return
+        h = scalars
+        step = _native.Step(
+            h.family == "langevin", h.inner, h.outer,
+            h.eta, h.k, h.s, h.a, h.c, h.wd, h.mu, h.damp1, h.nesterov, h.coupling_in_momentum, h.maximize,
+            h.lr, h.mu_o, h.wd_o, h.kr, h.nesterov_o,
+            h.seed, h.step, h.rounding == "stochastic",
+        )  # fmt: skip
+        self._table.run(
+            [g.data_ptr() for g in grads],
+            step,
+            0 if inv_scale is None else inv_scale.data_ptr(),
+            0 if found_inf is None else found_inf.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+
+make_plan = CpuPlan
+
+
+def gaussian(numel: int, *, seed: int, step: int, stream: int, offset: int, device: torch.device) -> Tensor:
+    """Return the float32 normals of elements ``offset`` to ``offset + numel`` of a stream (the whole counter word)."""
+    out = torch.empty(numel, dtype=torch.float32, device=device)
+    _native.gaussian(out.data_ptr(), numel, seed, step, stream, offset, torch.get_num_threads())
+    return out
+
+
+def build_info() -> dict[str, Any]:
+    """Return how the native module was built and which instruction set it uses; empty where it is missing."""
+    if _native is None:
+        return {}
+    return {**_native.build_info(), "instruction_set": _native.instruction_set()}

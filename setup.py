@@ -1,0 +1,57 @@
+"""Builds the native module by calling CMake; everything else about the package is in pyproject.toml.
+
+Environment: DEEPRELAX_BUILD_CUDA=0|1|auto (default auto: CUDA code where nvcc is), DEEPRELAX_BUILD_NATIVE=0 to leave the native
+module out. Without a C++ compiler the package installs all the same and runs on eager torch (and Triton where there is one).
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+def compiler() -> str | None:
+    """Return the C++ compiler that CMake would find, or None."""
+    named = os.environ.get("CXX", "").split()
+    return next((found for name in named[:1] or ["c++", "g++", "clang++"] if (found := shutil.which(name))), None)
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        cuda = os.environ.get("DEEPRELAX_BUILD_CUDA", "auto")
+        if cuda not in ("0", "1", "auto"):
+            raise SystemExit(f"deeprelax: DEEPRELAX_BUILD_CUDA: expected 0, 1 or auto, got {cuda!r}")
+        if os.environ.get("DEEPRELAX_BUILD_NATIVE") == "0" or compiler() is None:
+            if cuda == "1":
+                raise SystemExit("deeprelax: DEEPRELAX_BUILD_CUDA=1, but there is no C++ compiler (or DEEPRELAX_BUILD_NATIVE=0)")
+            why = "DEEPRELAX_BUILD_NATIVE=0" if os.environ.get("DEEPRELAX_BUILD_NATIVE") == "0" else "no C++ compiler found"
+            print(f"deeprelax: {why}; the native module is left out, the eager backend serves", file=sys.stderr)
+            return
+        import pybind11
+
+        build = Path(self.build_temp).resolve() / "cmake"
+        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        cmake = shutil.which("cmake") or "cmake"
+        configure = [
+            "-G", "Ninja",
+            "-DDEEPRELAX_BUILD_PYTHON=ON",
+            "-DDEEPRELAX_BUILD_TESTS=OFF",
+            f"-DDEEPRELAX_BUILD_CUDA={cuda}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        ]  # fmt: skip
+        subprocess.run([cmake, "-S", str(ROOT), "-B", str(build), *configure], check=True)
+        subprocess.run([cmake, "--build", str(build)], check=True)
+        subprocess.run([cmake, "--install", str(build), "--prefix", str(target), "--component", "python"], check=True)
+
+    def get_outputs(self) -> list[str]:
+        return [path for path in super().get_outputs() if os.path.exists(path)]
+
+
+setup(ext_modules=[Extension("deeprelax_cuda._native", sources=[])], cmdclass={"build_ext": CMakeBuild})
