@@ -144,6 +144,7 @@ def ordinary(dtype: str) -> dict[str, np.ndarray]:
         z = oracle.normals(np.arange(2 * NUMEL), 0, 0, number)
         if dtype != "float64":
             return z[:NUMEL] * np.float32(scale)
+        z = z.astype(np.float64)
         return (z[:NUMEL] + z[NUMEL:] * 2.0**-30) * scale
 
     master = values(0, 1.0)

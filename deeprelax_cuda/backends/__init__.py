@@ -1,0 +1,109 @@
+"""Which backend serves a call: names, what can serve where, and the choice among them.
+
+A backend is a module of this package with the members of `Backend`. It is imported when first asked about, so that importing
+the package needs torch alone and touches no device.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from typing import NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from deeprelax_cuda.steps import Plan, Tensors
+
+#: For each type of device, the backends that may serve it, the preferred one first.
+ORDER = {
+    "cpu": ("cpu", "eager"),
+    "cuda": ("eager",),
+}
+_ELSEWHERE = ("eager",)
+NAMES = tuple(dict.fromkeys(name for names in (*ORDER.values(), _ELSEWHERE) for name in names))
+
+_said: set[str] = set()
+
+
+class Backend(Protocol):
+    """What the module of a backend offers."""
+
+    NAME: str
+
+    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Return None where parameters of type ``dtype`` on ``device`` can be served, else the reason why not."""
+
+    def make_plan(self, tensors: Tensors) -> Plan:
+        """Return the backend's plan for the tensors of a call, which have been checked."""
+
+    def gaussian(self, numel: int, *, seed: int, step: int, stream: int, offset: int, device: torch.device) -> Tensor:
+        """Return float32 standard normals, shape ``(numel,)``: elements offset, offset + 1, ... of the word ``stream``."""
+
+
+class Selection(NamedTuple):
+    """The backend that serves a call, and why it is this one, in words."""
+
+    name: str
+    reason: str
+
+
+def load(name: str) -> Backend:
+    """Return the module of the backend ``name``, one of `NAMES`."""
+    return cast(Backend, importlib.import_module(f"{__name__}.{name}"))
+
+
+def available(device: torch.device | str) -> list[str]:
+    """Return the names of the backends that can serve float32 tensors on ``device``, the preferred one first."""
+    device = torch.device(device)
+    return [name for name in _order(device) if load(name).unavailable(device, torch.float32) is None]
+
+
+def select(device: torch.device | str, dtype: torch.dtype, name: str = "auto") -> Selection:
+    """Choose the backend that serves parameters of type ``dtype`` on ``device``.
+
+    ``name`` names one, or is "auto": then the environment variable ``DEEPRELAX_BACKEND`` may name one, and otherwise it is the
+    first of the device's order of preference that can serve. Each reason to pass over a preferred backend is said once, as a
+    RuntimeWarning, and stays in ``Selection.reason``.
+
+    Raises:
+        ValueError: a name that is none of the backends'.
+        RuntimeError: the backend that was named, or without a name every one, cannot serve; the message says why.
+    """
+    device = torch.device(device)
+    named_by = f'backend="{name}"'
+    if name == "auto" and (name := os.environ.get("DEEPRELAX_BACKEND", "") or "auto") != "auto":
+        named_by = f"DEEPRELAX_BACKEND={name}"
+    if name != "auto":
+        if name not in NAMES:
+            raise ValueError(f"{named_by}: expected one of {', '.join(('auto', *NAMES))}")
+        if reason := load(name).unavailable(device, dtype):
+            raise RuntimeError(f"{named_by} cannot serve {dtype} on {device}: {reason}")
+        return Selection(name, f"asked for by {named_by}")
+
+    passed_over = ""
+    for name in _order(device):
+        reason = load(name).unavailable(device, dtype)
+        if reason is None:
+            if not passed_over:
+                return Selection(name, f"preferred for {device.type} tensors")
+            _say_once(f"deeprelax_cuda: backend {name} serves {dtype} on {device}, because {passed_over}")
+            return Selection(name, passed_over)
+        passed_over += f"{'; ' if passed_over else ''}{name} cannot: {reason}"
+    raise RuntimeError(f"no backend serves {dtype} on {device}: {passed_over}")
+
+
+def make_plan(name: str, tensors: Tensors) -> Plan:
+    """Return the plan of the backend ``name`` for the tensors of a call, which have been checked."""
+    return load(name).make_plan(tensors)
+
+
+def _order(device: torch.device) -> tuple[str, ...]:
+    return ORDER.get(device.type, _ELSEWHERE)
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
