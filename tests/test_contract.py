@@ -207,7 +207,7 @@ def test_rounding_of_every_exponent(dtype, rounding, label):
     check(label, case, dtype, [arrays], [want], [4], [whole(x.size)])
 
 
-# ---- The golden file -----------------------------------------------------------------------------------------------------------
+# ---- The golden file ---------------------------------------------------------------------------------------------------------
 
 
 def from_hex(text: str, dtype: torch.dtype) -> torch.Tensor:
@@ -246,7 +246,7 @@ def test_golden_updates(entry, label):
         assert same(at[key], from_hex(text, at[key].dtype)), key
 
 
-# ---- Many normals ----------------------------------------------------------------------------------------------------------------
+# ---- Many normals ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
