@@ -45,6 +45,7 @@ format: .venv/environment
 	touch $@
 
 .venv/installed: .venv/environment $(SOURCES)
+	rm -rf build/lib* build/bdist*
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --force-reinstall .
 	touch $@
 

@@ -16,10 +16,14 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 
 
-def compiler() -> str | None:
-    """Return the C++ compiler that CMake would find, or None."""
-    named = os.environ.get("CXX", "").split()
-    return next((found for name in named[:1] or ["c++", "g++", "clang++"] if (found := shutil.which(name))), None)
+def why_not_native() -> str | None:
+    """Return why the native module is left out, or None where it is built."""
+    if os.environ.get("DEEPRELAX_BUILD_NATIVE") == "0":
+        return "DEEPRELAX_BUILD_NATIVE=0"
+    named = os.environ.get("CXX", "").split()[:1]
+    if not any(map(shutil.which, named or ["c++", "g++", "clang++"])):
+        return "no C++ compiler was found"
+    return None
 
 
 class CMakeBuild(build_ext):
@@ -27,11 +31,10 @@ class CMakeBuild(build_ext):
         cuda = os.environ.get("DEEPRELAX_BUILD_CUDA", "auto")
         if cuda not in ("0", "1", "auto"):
             raise SystemExit(f"deeprelax: DEEPRELAX_BUILD_CUDA: expected 0, 1 or auto, got {cuda!r}")
-        if os.environ.get("DEEPRELAX_BUILD_NATIVE") == "0" or compiler() is None:
+        if reason := why_not_native():
             if cuda == "1":
-                raise SystemExit("deeprelax: DEEPRELAX_BUILD_CUDA=1, but there is no C++ compiler (or DEEPRELAX_BUILD_NATIVE=0)")
-            why = "DEEPRELAX_BUILD_NATIVE=0" if os.environ.get("DEEPRELAX_BUILD_NATIVE") == "0" else "no C++ compiler found"
-            print(f"deeprelax: {why}; the native module is left out, the eager backend serves", file=sys.stderr)
+                raise SystemExit(f"deeprelax: DEEPRELAX_BUILD_CUDA=1 cannot be had: {reason}")
+            print(f"deeprelax: {reason}; the native module is left out, the eager backend serves", file=sys.stderr)
             return
         import pybind11
 

@@ -1,7 +1,10 @@
 """Deep Relaxation optimizers for PyTorch: fused steps with the same bits on every backend."""
 
+from deeprelax_cuda import backends, functional
+from deeprelax_cuda.functional import OuterStep
 from deeprelax_cuda.noise import derive_seed
+from deeprelax_cuda.optim import EntropySGD
 
-__all__ = ["derive_seed"]
+__all__ = ["EntropySGD", "OuterStep", "backends", "derive_seed", "functional"]
 
 __version__ = "0.1.0"

@@ -45,10 +45,10 @@ def round_scalar(name: str, value: float, dtype: torch.dtype) -> float:
 class Tensors:
     """The tensors of one call, as parallel lists; a role that plays no part in the call is an empty list.
 
-    ``params`` share one type and are ``y`` of the formula; the others are of its compute type: ``anchors`` ``x``, ``averages`` ``m``
-    (Langevin) or ``p`` (gradient average), ``momenta`` ``v``, ``masters`` the float32 ``y`` behind narrow parameters,
-    ``outer_momenta`` ``w``, ``consensus`` ``c``. All are dense and, role by role, laid out like their parameter. ``numbers`` are the
-    tensor numbers of the noise streams, ``places`` the shards' places.
+    ``params`` share one type and are ``y`` of the formula; the others are of its compute type: ``anchors`` ``x``, ``averages``
+    ``m`` (Langevin) or ``p`` (gradient average), ``momenta`` ``v``, ``masters`` the float32 ``y`` behind narrow parameters,
+    ``outer_momenta`` ``w``, ``consensus`` ``c``. All are dense and laid out like their parameter. ``numbers`` are
+    the tensor numbers of the noise streams, ``places`` the shards' places.
 
     Gradients are not among them: they come anew each step, and nobody may keep them alive between steps.
     """
@@ -71,9 +71,9 @@ class Scalars:
     ``inner`` and ``outer`` say which steps are taken (both: the fused last step of a period); ``family`` is the inner step's
     family, or the one the outer step follows.
 
-    Langevin step:  ``d = g [+ wd*y]``, ``e = k*(y - x)``, ``v = mu*v + damp1*d``, ``y = y - eta*d + s*z``, ``m = m + a*(y - m)``.
-    Gradient-average step:  ``d = g [+ wd*y]``, ``p = p + a*(d - p)``, ``y = x - c*p + s*z``.
-    Outer step:  ``d = x - m`` or ``p``, ``[+ wd_o*x]``, ``[+ kr*(x - consensus)]``, ``w = mu_o*w + d``, ``x = x - lr*d``.
+    Langevin step: ``d = g + wd*y + k*(y - x)``, ``v = mu*v + damp1*d``, ``y = y - eta*d + s*z``, ``m = m + a*(y - m)``.
+    Gradient-average step: ``d = g + wd*y``, ``p = p + a*(d - p)``, ``y = x - c*p + s*z``.
+    Outer step: ``d = (x - m or p) + wd_o*x + kr*(x - consensus)``, ``w = mu_o*w + d``, ``x = x - lr*d``.
     """
 
     family: Family = "langevin"

@@ -136,6 +136,19 @@ def test_two_periods_are_the_formula_bit_for_bit(changes: dict[str, Any], dtype:
     assert not torch.equal(got["param"], start)
 
 
+def test_stochastic_rounding_moves_bfloat16_by_the_mean(backend: str) -> None:
+    """A step of 1/8 of the distance to the next bfloat16: nearest loses it, stochastic takes it for 1/8 of the elements."""
+    moved = {}
+    for rounding in ("nearest", "stochastic"):
+        p = torch.nn.Parameter(torch.ones(2**14, dtype=torch.bfloat16))
+        optimizer = EntropySGD([p], rounding=rounding, backend=backend, inner_lr=2.0**-10, inner_momentum=0.0, temperature=0.0)
+        p.grad = -torch.ones_like(p)
+        optimizer.step()
+        assert set(p.tolist()) <= {1.0, 1.0 + 2.0**-7}
+        moved[rounding] = (p != 1.0).float().mean().item()
+    assert moved == {"nearest": 0.0, "stochastic": pytest.approx(1 / 8, abs=0.015)}
+
+
 def test_temperature_is_the_variance_over_twice_the_inner_lr() -> None:
     """The factor 2 under the root is what makes y sample exp(-V/T), and not exp(-2V/T)."""
     p = torch.nn.Parameter(torch.zeros(2**14))

@@ -1,0 +1,50 @@
+from collections.abc import Sequence
+
+class Table:
+    def __init__(
+        self,
+        dtype: int,
+        numels: Sequence[int],
+        numbers: Sequence[int],
+        places: Sequence[tuple[int, int, int]],
+        params: Sequence[int],
+        anchors: Sequence[int],
+        averages: Sequence[int],
+        momenta: Sequence[int],
+        masters: Sequence[int],
+        outer_momenta: Sequence[int],
+        consensus: Sequence[int],
+    ) -> None: ...
+    def run(self, grads: Sequence[int], step: Step, inv_scale: int, found_inf: int, threads: int) -> None: ...
+
+class Step:
+    def __init__(
+        self,
+        langevin: bool,
+        inner: bool,
+        outer: bool,
+        eta: float,
+        k: float,
+        s: float,
+        a: float,
+        c: float,
+        wd: float,
+        mu: float,
+        damp1: float,
+        nesterov: bool,
+        coupling_in_momentum: bool,
+        maximize: bool,
+        lr: float,
+        mu_o: float,
+        wd_o: float,
+        kr: float,
+        nesterov_o: bool,
+        seed: int,
+        step: int,
+        stochastic: bool,
+    ) -> None: ...
+
+def gaussian(out: int, numel: int, seed: int, step: int, stream: int, offset: int, threads: int) -> None: ...
+def instruction_set() -> str: ...
+def use_instruction_set(name: str) -> bool: ...
+def build_info() -> dict[str, str | bool]: ...

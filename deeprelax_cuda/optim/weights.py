@@ -1,0 +1,157 @@
+"""The two sets of weights of a relaxation method: which of them the parameters hold, and how both are saved and loaded.
+
+Between steps the parameters hold the live weights y, where gradients are taken. The answer of the method is the anchor x. They
+are swapped as exact copies, so that evaluating never changes training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from deeprelax_cuda.steps import compute_type
+
+#: Version of the numeric contract that a state follows; another version's state would go on with other bits.
+CONTRACT_VERSION = 1
+
+
+class TwoWeights(Optimizer):
+    """A `torch.optim.Optimizer` whose state holds an anchor ``x`` for every parameter that has been stepped.
+
+    State of a parameter, tensors laid out like it and of its compute type (float32, or float64 for float64):
+
+    * "anchor" ``x``, "average" ``m``, "momentum" ``v``, "outer_momentum" ``w``, and "master", the float32 ``y`` of a narrow
+      parameter; each only where the options ask for it,
+    * "live": in eval mode, the exact copy of ``y`` in the parameter's own type,
+    * "period_steps": an int, where a plain mean needs to know its length.
+    """
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Let the parameters hold the anchor ``x`` (rounded to nearest where they are narrow); training is not changed."""
+        if not self._is_training():
+            return
+        for p, state in self._stepped():
+            state["live"] = p.detach().clone()
+            p.copy_(state["anchor"])
+        self._set_training(False)
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Let the parameters hold the live weights ``y`` again, bit for bit."""
+        if self._is_training():
+            return
+        for p, state in self._stepped():
+            p.copy_(state.pop("live"))
+        self._set_training(True)
+
+    @torch.no_grad()
+    def consolidate_(self) -> None:
+        """Let training go on from the anchor: ``y = m = x``.
+
+        A new period starts; momentum buffers are treated as at the end of a period.
+        """
+        for p, state in self._stepped():
+            p.copy_(state["anchor"])
+            if "live" in state:
+                state["live"].copy_(state["anchor"])
+            if "master" in state:
+                state["master"].copy_(state["anchor"])
+            self._restart_average(state)
+        self._start_period()
+
+    def sync_lookahead(self) -> None:
+        """Do `consolidate_` under the name that timm calls."""
+        self.consolidate_()
+
+    @torch.no_grad()
+    def reset_anchors_(self) -> None:
+        """Start anew from the weights that the parameters hold, say after ``model.load_state_dict``: ``x = m = y``.
+
+        A new period starts; momentum buffers are treated as at the end of a period. In eval mode too, what the parameters hold
+        are the new live weights.
+        """
+        for p, state in self._stepped():
+            for role in ("anchor", "live", "master"):
+                if role in state:
+                    state[role].copy_(p)
+            self._restart_average(state)
+        self._start_period()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned, keeping the type of every tensor; the tensors are copied, never shared.
+
+        In eval mode the state holds the live weights: load it together with the model's weights and `train` brings them back.
+
+        Raises:
+            ValueError: the state of another optimizer, of other shapes, or of another version of the numeric contract. Nothing
+                has been loaded then.
+        """
+        arrived: dict[str, Any] = {}
+
+        def keep(_: Optimizer, incoming: dict[str, Any]) -> None:
+            self._check_incoming(incoming)
+            arrived.update(incoming)
+
+        def put_back(_: Optimizer) -> None:  # torch has cast every tensor to the parameter's type, losing bits of a narrow one
+            for p, values in self._incoming_state(arrived):
+                for key, value in values.items():
+                    if isinstance(value, Tensor):
+                        dtype = p.dtype if key == "live" else compute_type(p.dtype)
+                        self.state[p][key] = torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(value)
+
+        # Ours run right around torch's own loading: after the user's pre-hooks, before the user's post-hooks.
+        handles = (
+            self.register_load_state_dict_pre_hook(keep),
+            self.register_load_state_dict_post_hook(put_back, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_incoming(self, incoming: dict[str, Any]) -> None:
+        versions = {group.get("contract_version") for group in incoming["param_groups"]}
+        if versions != {CONTRACT_VERSION}:
+            found = ", ".join(map(str, versions))
+            raise ValueError(f"state_dict: expected the state of contract version {CONTRACT_VERSION}, got {found}")
+        for p, values in self._incoming_state(incoming):
+            for key, value in values.items():
+                if isinstance(value, Tensor) and value.shape != p.shape:
+                    shapes = f"expected the shape of its parameter, {tuple(p.shape)}, got {tuple(value.shape)}"
+                    raise ValueError(f"state_dict, {key}: {shapes}")
+
+    def _incoming_state(self, incoming: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        for ours, theirs in zip(self.param_groups, incoming["param_groups"], strict=False):  # torch refuses other lengths
+            for p, key in zip(ours["params"], theirs["params"], strict=False):
+                yield p, incoming["state"].get(key, {})
+
+    def _stepped(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """Give each parameter that has state, with its state."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p in self.state:
+                    yield p, self.state[p]
+
+    def _is_training(self) -> bool:
+        return bool(self.param_groups[0]["train_mode"])
+
+    def _set_training(self, training: bool) -> None:
+        for group in self.param_groups:
+            group["train_mode"] = training
+
+    def _start_period(self) -> None:
+        for group in self.param_groups:
+            group["position"] = 0
+        for _, state in self._stepped():
+            if "period_steps" in state:
+                state["period_steps"] = 0
+
+    def _restart_average(self, state: dict[str, Any]) -> None:
+        """Begin a period's average: at the anchor, where the period begins."""
+        state["average"].copy_(state["anchor"])
