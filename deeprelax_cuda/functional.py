@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from deeprelax_cuda import ops  # noqa: F401  (registers torch.ops.deeprelax)
-from deeprelax_cuda.noise import STREAMS_PER_DOMAIN, as_place, check_range, check_seed, to_int64
+from deeprelax_cuda.noise import STREAMS_PER_DOMAIN, as_place, check_range, check_seed, check_step, to_int64
 from deeprelax_cuda.steps import Family, Rounding, round_scalar
 
 TensorPlace = int | tuple[int, int, int]
@@ -75,11 +75,11 @@ def gaussian(
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (Philox4x32-10); Box and Muller 1958.
     """
     return torch.ops.deeprelax.gaussian(  # type: ignore[no-any-return]
-        _int("numel", numel, 2**63),
+        check_range("numel", numel, 2**63),
         seed=to_int64(check_seed(seed)),
-        step=_int("step", step, 2**32),
-        stream=_int("stream", stream, 2**32),
-        offset=_int("offset", offset, 2**63),
+        step=check_step(step),
+        stream=check_range("stream", stream, 2**32),
+        offset=check_range("offset", offset, 2**63),
         device=torch.device(device),
         backend=backend,
     )
@@ -332,14 +332,6 @@ def outer_step_(
     )
 
 
-def _int(name: str, value: int, limit: int) -> int:
-    """Return ``value``, refused in one line if it is no int in [0, limit).
-
-    While tracing that is left to the operator: to look at a number pins the graph to it, and each step would compile anew.
-    """
-    return value if torch.compiler.is_compiling() else check_range(name, value, limit)
-
-
 def _tensors(name: str, tensors: Sequence[Tensor] | None) -> list[Tensor]:
     """Return the tensors as a list, refusing what is not one."""
     if tensors is None:
@@ -389,7 +381,7 @@ def _noise(
             flat += as_place(f"places[{i}]", place, p.numel())
     return {
         "seed": to_int64(check_seed(seed)),
-        "step": _int("step", step, 2**32),
-        "streams": [_int(f"streams[{i}]", number, STREAMS_PER_DOMAIN) for i, number in enumerate(streams or ())],
+        "step": check_step(step),
+        "streams": [check_range(f"streams[{i}]", number, STREAMS_PER_DOMAIN) for i, number in enumerate(streams or ())],
         "places": flat,
     }

@@ -65,13 +65,14 @@ def derive_seed(seed: int, replica: int) -> int:
 
 def check_range(name: str, value: int, limit: int) -> int:
     """Return ``value`` as an int, refusing what is not an integer in [0, limit) by the name of the argument."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}") from None
-    if not 0 <= number < limit:
-        raise ValueError(f"{name}: expected an int in [0, 2**{limit.bit_length() - 1}), got {number}")
-    return number
+    if not isinstance(value, int):  # a traced int stays one: operator.index would pin the graph to its value
+        try:
+            value = operator.index(value)
+        except TypeError:
+            raise TypeError(f"{name}: expected an int, got {type(value).__name__}") from None
+    if not 0 <= value < limit:
+        raise ValueError(f"{name}: expected an int in [0, 2**{limit.bit_length() - 1}), got {value}")
+    return value
 
 
 def check_seed(seed: int) -> int:

@@ -262,7 +262,8 @@ def _playing(tensors: Tensors, sc: Scalars) -> Tensors:
     def needed(role: str, is_needed: bool, where: str) -> list[Tensor]:
         items: list[Tensor] = getattr(tensors, role)
         if is_needed and tensors.params and not items:
-            raise ValueError(f"{role}: expected {len(tensors.params)} of them, one a parameter, where {where}; got none")
+            name = "gradient_averages" if role == "averages" and sc.family == "gradient_average" else role
+            raise ValueError(f"{name}: expected {len(tensors.params)} of them, one a parameter, where {where}; got none")
         return items if is_needed else []
 
     coupled = sc.k != 0.0 or sc.family == "gradient_average"

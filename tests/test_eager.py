@@ -190,6 +190,14 @@ def test_found_inf_writes_nothing(family, found, dtype, rounding, masters):
     assert same(result(tensors), result(plain))
 
 
+def test_found_inf_leaves_what_is_only_read_alone():
+    """A write of the same bits would still tell autograd that a tensor has changed."""
+    tensors, grads = problem(torch.float32)
+    versions = [t._version for t in (*tensors.anchors, *tensors.consensus, *tensors.outer_momenta)]
+    eager.EagerPlan(tensors).run(grads, but(), found_inf=torch.zeros(1))
+    assert versions == [t._version for t in (*tensors.anchors, *tensors.consensus, *tensors.outer_momenta)]
+
+
 @pytest.mark.parametrize("dtype", STORED, ids=str)
 def test_inv_scale_multiplies_the_gradient_in_the_compute_type(dtype):
     factor = torch.tensor([1 / 3])

@@ -104,8 +104,9 @@ class EagerPlan:
                     bits = self._draw(rounding_bits, part, hi - lo, sc, DOMAIN_ROUNDING, number)
                 _take(new, whole_g[lo:hi], z, bits, inv_scale, sc)
                 if skip is not None:
-                    for t, stepped in zip(old, new, strict=True):
-                        torch.where(skip, t, stepped, out=t)
+                    for t, stepped, written in zip(old, new, _written(sc), strict=True):
+                        if written:
+                            torch.where(skip, t, stepped, out=t)
 
     def _draw(self, noise: Callable[..., Tensor], place: Place, numel: int, sc: Scalars, domain: int, number: int) -> Tensor:
         stream = domain * STREAMS_PER_DOMAIN + number
@@ -113,6 +114,12 @@ class EagerPlan:
 
 
 make_plan = EagerPlan
+
+
+def _written(sc: Scalars) -> tuple[bool, ...]:
+    """Return which of the `_Roles` a step may write."""
+    averages = sc.inner or sc.family == "langevin"
+    return (True, sc.outer, averages, sc.inner, True, sc.outer, False)
 
 
 def _take(piece: _Roles, g: Tensor, z: Tensor, bits: Tensor, inv_scale: Tensor | None, sc: Scalars) -> None:
