@@ -7,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(shell find csrc deeprelax_cuda bench -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.json') \
 	CMakeLists.txt setup.py pyproject.toml
-NATIVE := $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+NATIVE := $(shell find csrc tests/cpp examples -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 
 .PHONY: demo test test-quick test-cpp bench lint format clean
 

@@ -123,3 +123,26 @@ def test_pip_install_in_an_environment_without_torch(sources, tmp_path):
     assert list((tmp_path / "venv").rglob("deeprelax_cuda/_native*.so"))
     assert run(tmp_path / "venv/bin/python", "-c", "import torch").returncode != 0
     print(f"pip install took {seconds:.1f} s")
+
+
+@pytest.mark.slow
+def test_the_cmake_package_serves_another_program(sources, tmp_path):
+    build, prefix, example = tmp_path / "build", tmp_path / "prefix", tmp_path / "example"
+    tools = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    steps = [
+        ("cmake", "-S", sources, "-B", build, "-G", "Ninja", "-DDEEPRELAX_BUILD_CUDA=0", "-DDEEPRELAX_BUILD_TESTS=OFF"),
+        ("cmake", "--build", build),
+        ("cmake", "--install", build, "--prefix", prefix, "--component", "cpp"),
+        ("cmake", "-S", ROOT / "examples/cpp", "-B", example, "-G", "Ninja", f"-DCMAKE_PREFIX_PATH={prefix}"),
+        ("cmake", "--build", example),
+        (example / "quadratic",),
+    ]
+    for command in steps:
+        done = run(*command, env=tools)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "loss at the anchor" in done.stdout
+
+
+def test_the_example_in_python_learns():
+    code = f"import runpy; print(runpy.run_path({str(ROOT / 'examples/own_loop.py')!r})['main']())"
+    assert float(python(code).split()[-1]) < 0.03
