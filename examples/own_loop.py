@@ -12,7 +12,7 @@ def main() -> float:
     x = torch.linspace(-3, 3, 512)[:, None]
     y = torch.sin(2 * x) + 0.1 * torch.randn_like(x)
     model = nn.Sequential(nn.Linear(1, 64), nn.Tanh(), nn.Linear(64, 1))
-    optimizer = dr.EntropySGD(model.parameters(), lr=0.5, inner_lr=0.05, inner_steps=10, seed=0)
+    optimizer = dr.EntropySGD(model.parameters(), lr=0.1, inner_lr=0.02, inner_steps=20, seed=0)
     print(optimizer.explain())
 
     for step in range(3000):
