@@ -1,0 +1,71 @@
+"""The `deeprelax` command: picks the sub-command and imports that one only, so that each needs only its own packages."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple, NoReturn
+
+from deeprelax_cuda import __version__
+
+
+class Command(NamedTuple):
+    """A sub-command: a module with ``add_arguments(parser)`` and ``run(args) -> exit status``, and the extra it needs."""
+
+    module: str
+    extra: str
+    help: str
+
+
+COMMANDS = {
+    "train": Command("deeprelax_cuda.train.command", "train", "train a network with one or several methods and compare them"),
+}
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be done; the message is one line and says why."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (default: the program's own) and return the exit status.
+
+    0: done; 1: the sub-command found something wrong; 2: wrong options or a missing package; 130: interrupted.
+    """
+    top = Parser(
+        prog="deeprelax",
+        description="Deep Relaxation optimizers for PyTorch.",
+        epilog="commands: " + "; ".join(f"{name}: {command.help}" for name, command in COMMANDS.items()),
+    )
+    top.add_argument("--version", action="version", version=f"deeprelax_cuda {__version__}")
+    top.add_argument("command", choices=COMMANDS)
+    rest = top.add_argument("options", nargs=argparse.REMAINDER, help="see deeprelax COMMAND --help")
+    rest.required = False
+    chosen = top.parse_args(argv)
+
+    command = COMMANDS[chosen.command]
+    parser = Parser(prog=f"deeprelax {chosen.command}", description=command.help)
+    try:
+        module = importlib.import_module(command.module)
+        module.add_arguments(parser)
+        status: int = module.run(parser.parse_args(chosen.options))
+        return status
+    except UsageError as error:
+        parser.error(str(error))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package == "deeprelax_cuda":
+            raise
+        print(f'{parser.prog}: {package} is not installed: pip install "deeprelax_cuda[{command.extra}]"', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{parser.prog}: interrupted", file=sys.stderr)
+        return 130
