@@ -35,6 +35,14 @@ METHODS = ("sgd", "entropy-sgd")
 PER_EPOCH = 39  # 1,257 images in full batches of 32
 
 
+@pytest.fixture(autouse=True)
+def keep_threads():
+    """The command chooses a number of threads for its process, which here is everybody's."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 def settings(**changes: Any) -> compare.Settings:
     values: dict[str, Any] = {
         "data": "digits",

@@ -7,6 +7,9 @@ import time
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
+from deeprelax_cuda import backends
 from deeprelax_cuda.cli import UsageError
 from deeprelax_cuda.noise import check_seed
 from deeprelax_cuda.train.data import DATASETS, batches_per_epoch
@@ -40,7 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_argument("--gamma", type=float, help="initial width of the relaxation; the coupling is 1/gamma")
     options.add_argument("--scoping", type=float, help="each outer step divides gamma by 1 + scoping")
     options.add_argument("--temperature", type=float, help="inner steps get noise of std sqrt(2 * inner_lr * temperature)")
-    options.add_argument("--backend", help="who computes the fused step: auto, eager, cpu, cuda or triton")
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--backend", help=f"who computes the fused step: auto, {', '.join(backends.NAMES)}")
+    machine.add_argument("--threads", type=_count, help="CPU threads; default: the data's, or else torch's")
 
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=Path, metavar="DIR", help="default: runs/DATA-MODEL-TIME")
@@ -69,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
     per_epoch = batches_per_epoch(data, settings.batch_size)
     if per_epoch == 0:
         raise UsageError(f"--batch-size: {settings.batch_size} is more than the {len(data.train_targets)} training examples")
+    torch.set_num_threads(args.threads or dataset.threads or torch.get_num_threads())
     comparison = rehearse(settings, data)
     folder = args.out or Path("runs") / f"{settings.data}-{settings.model}-{time.strftime('%Y%m%d-%H%M%S')}"
     try:
