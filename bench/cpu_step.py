@@ -1,8 +1,8 @@
 """The Langevin step on the CPU beside what eager torch and torch.compile make of it: one interleaved run, ratios of medians.
 
 Each contender takes the same step (gradient, coupling, noise, running average; no momentum) on float32 tensors in place. Rounds
-go through all contenders in turn, on two sets of buffers; the ratios are those of medians over rounds. Bandwidths count the
-contract's bytes: 24 an element for the step, 12 for `torch.add(a, b, out=c)`.
+go through all contenders in turn, each call on the other of two sets of buffers; the ratios are those of medians over rounds.
+Bandwidths count the contract's bytes: 24 an element for the step, 12 for `torch.add(a, b, out=c)`.
 """
 
 from __future__ import annotations
@@ -79,13 +79,12 @@ def measure(numel: int, rounds: int) -> dict[str, dict[str, Any]]:
     """Time all contenders in turn, and their first call (which compiles) apart."""
     generator = torch.Generator().manual_seed(0)
     sets = [tuple(torch.randn(numel, generator=generator) for _ in range(4)) for _ in range(2)]
-    turn = itertools.cycle(sets)
     rows: dict[str, dict[str, Any]] = {}
     steps = contenders()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds + 1):
-        for name, step in steps.items():
-            y, g, x, m = next(turn)
+    for round_ in range(rounds + 1):
+        for i, (name, step) in enumerate(steps.items()):
+            y, g, x, m = sets[(round_ + i) % 2]
             start = time.perf_counter()
             step(y, g, x, m)
             seconds[name].append(time.perf_counter() - start)
@@ -114,7 +113,7 @@ def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 def machine() -> dict[str, Any]:
     """Return what the figures depend on."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     info = Path("/proc/cpuinfo")
     models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     return {

@@ -1,9 +1,48 @@
 from collections.abc import Sequence
+from enum import Enum
+
+class Dtype(Enum):
+    float32 = ...
+    float64 = ...
+    bfloat16 = ...
+    float16 = ...
+
+class Family(Enum):
+    langevin = ...
+    gradient_average = ...
+
+class Rounding(Enum):
+    nearest = ...
+    stochastic = ...
+
+class Step:
+    family: Family
+    inner: bool
+    outer: bool
+    eta: float
+    k: float
+    s: float
+    a: float
+    c: float
+    wd: float
+    mu: float
+    damp1: float
+    nesterov: bool
+    coupling_in_momentum: bool
+    maximize: bool
+    lr: float
+    mu_o: float
+    wd_o: float
+    kr: float
+    nesterov_o: bool
+    seed: int
+    step: int
+    rounding: Rounding
 
 class Table:
     def __init__(
         self,
-        dtype: int,
+        dtype: Dtype,
         numels: Sequence[int],
         numbers: Sequence[int],
         places: Sequence[tuple[int, int, int]],
@@ -16,33 +55,6 @@ class Table:
         consensus: Sequence[int],
     ) -> None: ...
     def run(self, grads: Sequence[int], step: Step, inv_scale: int, found_inf: int, threads: int) -> None: ...
-
-class Step:
-    def __init__(
-        self,
-        langevin: bool,
-        inner: bool,
-        outer: bool,
-        eta: float,
-        k: float,
-        s: float,
-        a: float,
-        c: float,
-        wd: float,
-        mu: float,
-        damp1: float,
-        nesterov: bool,
-        coupling_in_momentum: bool,
-        maximize: bool,
-        lr: float,
-        mu_o: float,
-        wd_o: float,
-        kr: float,
-        nesterov_o: bool,
-        seed: int,
-        step: int,
-        stochastic: bool,
-    ) -> None: ...
 
 def gaussian(out: int, numel: int, seed: int, step: int, stream: int, offset: int, threads: int) -> None: ...
 def instruction_set() -> str: ...

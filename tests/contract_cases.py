@@ -193,13 +193,16 @@ def run(
     scalars = case.rounded(dtype)
     grads = [g["g"].tensor for g in guards] if scalars.inner else []
 
-    def one(value: float | None) -> Tensor | None:
-        return None if value is None else torch.tensor(value)
-
     with backend(label) as name:
-        backends.make_plan(name, tensors).run(grads, scalars, one(case.inv_scale), one(case.found_inf))
+        backends.make_plan(name, tensors).run(grads, scalars, *scales(dtype, case.inv_scale, case.found_inf))
     outputs = [{key: guard.tensor for key, guard in g.items()} for g in guards]
     return outputs, [guard for g in guards for guard in g.values()]
+
+
+def scales(dtype: torch.dtype, inv_scale: float | None, found_inf: float | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return both as a plan takes them: the one of the compute type, the other float32."""
+    scale = None if inv_scale is None else torch.tensor(inv_scale, dtype=compute_type(dtype))
+    return scale, None if found_inf is None else torch.tensor(float(found_inf))
 
 
 def whole(numel: int) -> Place:

@@ -188,7 +188,7 @@ def descent(g: Array, y: Array, wd: Any, maximize: bool, inv_scale: float | None
     """Return d before coupling and momentum."""
     d = widen(g)
     if inv_scale is not None:
-        d = d * d.dtype.type(f32(inv_scale))
+        d = d * d.dtype.type(inv_scale)
     if maximize:
         d = np.negative(d)
     if wd != 0:

@@ -106,6 +106,12 @@ def test_cuda_asked_for_and_missing_is_an_error_and_auto_says_so(sources, tmp_pa
     assert list((tmp_path / "site" / "deeprelax_cuda").glob("_native*.so"))
 
 
+def test_flags_that_change_arithmetic_are_refused(sources, tmp_path):
+    done = install(sources, tmp_path / "site", CXXFLAGS="-O2 -ffast-math", DEEPRELAX_BUILD_CUDA="0")
+    assert done.returncode != 0
+    assert "which the numeric contract forbids" in " ".join((done.stdout + done.stderr).split())
+
+
 def test_a_wrong_switch_is_one_clear_line(sources, tmp_path):
     done = install(sources, tmp_path / "site", DEEPRELAX_BUILD_CUDA="yes")
     assert done.returncode != 0
@@ -143,6 +149,14 @@ def test_the_cmake_package_serves_another_program(sources, tmp_path):
         done = run(*command, env=tools)
         assert done.returncode == 0, done.stdout + done.stderr
     assert "loss at the anchor" in done.stdout
+
+    # What one instruction set's file leaves to the linker to share, another may get: instructions this processor lacks.
+    kernels = [path for path in build.rglob("csrc/cpu/*.o") if path.name != "cpu.cpp.o"]
+    assert kernels
+    for path in kernels:
+        symbols = run("nm", "--demangle", path).stdout.splitlines()
+        assert symbols
+        assert not [line for line in symbols if line[17:18] in ("W", "V", "u")], path
 
 
 def test_the_example_in_python_learns():

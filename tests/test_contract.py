@@ -21,6 +21,7 @@ from contract_cases import (
     expected,
     run,
     same,
+    scales,
     to_torch,
     whole,
 )
@@ -238,10 +239,10 @@ def test_golden_updates(entry, label):
     lists = {role: [at[key]] for key, role in keys.items() if key in at}
     tensors = Tensors([at["y"]], numbers=[entry["number"]], places=[Place(*entry["place"])], **lists)
     flags = {key: entry[key] for key in ("family", "inner", "outer")}
-    scales = [None if entry.get(key) is None else torch.tensor(float(entry[key])) for key in ("inv_scale", "found_inf")]
+    inv_scale, found_inf = scales(dtype, entry.get("inv_scale"), entry.get("found_inf"))
     with backend(label) as name:
         plan = backends.make_plan(name, tensors)
-        plan.run([at["g"]] if entry["inner"] else [], Scalars(**flags, **entry["scalars"]), *scales)
+        plan.run([at["g"]] if entry["inner"] else [], Scalars(**flags, **entry["scalars"]), inv_scale, found_inf)
     for key, text in entry["out"].items():
         assert same(at[key], from_hex(text, at[key].dtype)), key
 

@@ -56,7 +56,7 @@ class Step(Structure):
         ("seed", c_uint64),
         ("step", c_uint32),
         ("rounding", c_int),
-        ("inv_scale", POINTER(c_float)),
+        ("inv_scale", c_void_p),
         ("found_inf", POINTER(c_float)),
     ]
 
@@ -92,9 +92,11 @@ def agrees(library: ctypes.CDLL, entry: dict, inputs: dict[str, str]) -> bool:
     step.family, step.inner, step.outer = entry["family"] != "langevin", entry["inner"], entry["outer"]
     for name, value in entry["scalars"].items():
         setattr(step, name, value == "stochastic" if name == "rounding" else value)
-    for name in ("inv_scale", "found_inf"):
-        if entry.get(name) is not None:
-            setattr(step, name, ctypes.pointer(c_float(float(entry[name]))))
+    if entry.get("inv_scale") is not None:
+        number = (c_double if entry["dtype"] == "float64" else c_float)(float(entry["inv_scale"]))
+        step.inv_scale = addressof(number)
+    if entry.get("found_inf") is not None:
+        step.found_inf = ctypes.pointer(c_float(float(entry["found_inf"])))
     library.probe_step(c_int(DTYPES.index(entry["dtype"])), c_void_p(addressof(tensor)), c_void_p(addressof(step)))
     return all(same(at[name], decode(text), entry["dtype"] if name == "y" else "") for name, text in entry["out"].items())
 

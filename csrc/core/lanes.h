@@ -11,6 +11,10 @@
 #include <cmath>
 #endif
 
+#if defined(__FAST_MATH__)
+#error "deeprelax: -ffast-math changes bits; the numeric contract forbids it"
+#endif
+
 #if defined(__CUDACC__)
 #define DR_FN __host__ __device__ __forceinline__
 #define DR_INLINE_LAMBDA

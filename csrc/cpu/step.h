@@ -9,7 +9,6 @@
 //   Part<float>, Part<double>  the lane types of the update, small enough that all roles of a part stay in registers
 #pragma once
 
-#include <algorithm>
 #include <type_traits>
 
 #include "../core/gaussian.h"
@@ -55,6 +54,15 @@ struct Pointers {
     return {shift(y, n), shift(g, n), shift(x, n), shift(m, n), shift(v, n), shift(w, n), shift(c, n), shift(master, n)};
   }
 };
+
+// Not std::min and std::copy_n: a template of the standard library that one instruction set's file fails to inline would be
+// shared with the others by the linker.
+DR_FN int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class T>
+DR_FN void copy(T* to, const T* from, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+}
 
 // ---- One block -------------------------------------------------------------------------------------------------------------
 
@@ -170,10 +178,10 @@ __attribute__((noinline)) void take_ragged(const Scalars<typename ComputeType<St
   Stored y[size] = {}, g[size] = {};
   T x[size] = {}, m[size] = {}, v[size] = {}, w[size] = {}, c[size] = {}, master[size] = {};
   auto in = [&](auto* buffer, const auto* from) {
-    if (from) std::copy_n(from, n, buffer + lane);
+    if (from) copy(buffer + lane, from, n);
   };
   auto out = [&](const auto* buffer, auto* to) {
-    if (to) std::copy_n(buffer + lane, n, to);
+    if (to) copy(to, buffer + lane, n);
   };
   in(y, at.y), in(g, at.g), in(x, at.x), in(m, at.m), in(v, at.v), in(w, at.w), in(c, at.c), in(master, at.master);
   take_blocks<Word, Stored>(h, {y, g, x, m, v, w, c, at.master ? master : nullptr}, noise, q, q_high, 1);
@@ -191,7 +199,7 @@ void walk(int64_t i, int64_t n, const Blocks& blocks, const Ragged& ragged) {
   for (int64_t done = 0, took; done < n; done += took, i += took) {
     const int lane = static_cast<int>(i & 3);
     const uint32_t q = static_cast<uint32_t>(i >> 2), q_high = static_cast<uint32_t>(i >> 34);
-    const int64_t fit = std::min(n - done, ((int64_t(1) << 32) - q) * 4 - lane);
+    const int64_t fit = least(n - done, ((int64_t(1) << 32) - q) * 4 - lane);
     if (lane == 0 && fit >= kBlock<BigWord>) {
       took = fit / kBlock<BigWord> * kBlock<BigWord>;
       blocks(BigWord(0u), done, q, q_high, took / kBlock<BigWord>);
@@ -199,7 +207,7 @@ void walk(int64_t i, int64_t n, const Blocks& blocks, const Ragged& ragged) {
       took = fit / kBlock<SmallWord> * kBlock<SmallWord>;
       blocks(SmallWord(0u), done, q, q_high, took / kBlock<SmallWord>);
     } else {
-      took = std::min(fit, kBlock<SmallWord> - lane);
+      took = least(fit, kBlock<SmallWord> - lane);
       ragged(done, q, q_high, lane, took);
     }
   }
@@ -215,7 +223,7 @@ void take_range(const Tensor& tensor, int64_t begin, int64_t end, const Step& st
   const Place place = tensor.place;
   const bool placed = noise.normals || noise.words;  // without noise all places are alike
   for (int64_t j = begin, n; j < end; j += n) {
-    n = placed ? std::min(end - j, place.run - j % place.run) : end - j;
+    n = placed ? least(end - j, place.run - j % place.run) : end - j;
     const int64_t i = placed ? place.offset + j / place.run * place.pitch + j % place.run : 0;
     const auto at = all + j;
     walk(
@@ -243,7 +251,7 @@ inline void fill_gaussian(float* out, int64_t numel, uint64_t seed, uint32_t ste
       [&](int64_t done, uint32_t q, uint32_t q_high, int lane, int64_t n) {
         float buffer[kBlock<SmallWord>];
         write(buffer, normals(philox4x32<SmallWord>(key, q, q_high, step, stream)));
-        std::copy_n(buffer + lane, n, out + done);
+        copy(out + done, buffer + lane, n);
       });
 }
 

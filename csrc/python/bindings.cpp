@@ -15,14 +15,14 @@ namespace {
 
 using Addresses = std::vector<uintptr_t>;
 
-// The tensors of a plan: filled once, the gradients' addresses at each step.
+// The tensors of a plan, without the gradients, whose addresses come with each step.
 class Table {
  public:
-  Table(int dtype, const std::vector<int64_t>& numels, const std::vector<uint32_t>& numbers,
+  Table(Dtype dtype, const std::vector<int64_t>& numels, const std::vector<uint32_t>& numbers,
         const std::vector<std::array<int64_t, 3>>& places, const Addresses& params, const Addresses& anchors,
         const Addresses& averages, const Addresses& momenta, const Addresses& masters, const Addresses& outer_momenta,
         const Addresses& consensus)
-      : dtype_(static_cast<Dtype>(dtype)), tensors_(numels.size()) {
+      : dtype_(dtype), tensors_(numels.size()) {
     for (size_t i = 0; i < tensors_.size(); ++i) {
       auto at = [&](const Addresses& role) { return role.empty() ? nullptr : reinterpret_cast<void*>(role.at(i)); };
       tensors_[i] = {at(params),
@@ -39,34 +39,22 @@ class Table {
     }
   }
 
-  void run(const Addresses& grads, Step step, uintptr_t inv_scale, uintptr_t found_inf, int threads) {
+  // Works on a copy of the table: two threads may run one plan, and no gradient's address outlives the call.
+  void run(const Addresses& grads, Step step, uintptr_t inv_scale, uintptr_t found_inf, int threads) const {
     if (grads.size() != (step.inner ? tensors_.size() : 0))
       throw std::invalid_argument("grads: one per tensor of an inner step");
-    for (size_t i = 0; i < grads.size(); ++i) tensors_[i].g = reinterpret_cast<const void*>(grads[i]);
-    step.inv_scale = reinterpret_cast<const float*>(inv_scale);
+    std::vector<Tensor> tensors = tensors_;
+    for (size_t i = 0; i < grads.size(); ++i) tensors[i].g = reinterpret_cast<const void*>(grads[i]);
+    step.inv_scale = reinterpret_cast<const void*>(inv_scale);
     step.found_inf = reinterpret_cast<const float*>(found_inf);
     py::gil_scoped_release release;
-    cpu::step(dtype_, tensors_.data(), static_cast<int64_t>(tensors_.size()), step, threads);
+    cpu::step(dtype_, tensors.data(), static_cast<int64_t>(tensors.size()), step, threads);
   }
 
  private:
   Dtype dtype_;
   std::vector<Tensor> tensors_;
 };
-
-Step make_step(bool langevin, bool inner, bool outer, double eta, double k, double s, double a, double c, double wd, double mu,
-               double damp1, bool nesterov, bool coupling_in_momentum, bool maximize, double lr, double mu_o, double wd_o,
-               double kr, bool nesterov_o, uint64_t seed, uint32_t step, bool stochastic) {
-  Step h;
-  h.family = langevin ? Family::langevin : Family::gradient_average;
-  h.inner = inner, h.outer = outer;
-  h.eta = eta, h.k = k, h.s = s, h.a = a, h.c = c, h.wd = wd, h.mu = mu, h.damp1 = damp1;
-  h.nesterov = nesterov, h.coupling_in_momentum = coupling_in_momentum, h.maximize = maximize;
-  h.lr = lr, h.mu_o = mu_o, h.wd_o = wd_o, h.kr = kr, h.nesterov_o = nesterov_o;
-  h.seed = seed, h.step = step;
-  h.rounding = stochastic ? Rounding::stochastic : Rounding::nearest;
-  return h;
-}
 
 py::dict build_info() {
   py::dict info;
@@ -81,12 +69,26 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native kernels of deeprelax_cuda: raw addresses and plain numbers.";
+  py::enum_<Dtype>(m, "Dtype")
+      .value("float32", Dtype::float32)
+      .value("float64", Dtype::float64)
+      .value("bfloat16", Dtype::bfloat16)
+      .value("float16", Dtype::float16);
+  py::enum_<Family>(m, "Family").value("langevin", Family::langevin).value("gradient_average", Family::gradient_average);
+  py::enum_<Rounding>(m, "Rounding").value("nearest", Rounding::nearest).value("stochastic", Rounding::stochastic);
+  py::class_<Step> step(m, "Step");
+  step.def(py::init<>());
+#define DR_FIELD(name) step.def_readwrite(#name, &Step::name)
+  DR_FIELD(family), DR_FIELD(inner), DR_FIELD(outer), DR_FIELD(eta), DR_FIELD(k), DR_FIELD(s), DR_FIELD(a), DR_FIELD(c);
+  DR_FIELD(wd), DR_FIELD(mu), DR_FIELD(damp1), DR_FIELD(nesterov), DR_FIELD(coupling_in_momentum), DR_FIELD(maximize);
+  DR_FIELD(lr), DR_FIELD(mu_o), DR_FIELD(wd_o), DR_FIELD(kr), DR_FIELD(nesterov_o), DR_FIELD(seed), DR_FIELD(rounding);
+  DR_FIELD(step);
+#undef DR_FIELD
   py::class_<Table>(m, "Table")
-      .def(py::init<int, const std::vector<int64_t>&, const std::vector<uint32_t>&, const std::vector<std::array<int64_t, 3>>&,
-                    const Addresses&, const Addresses&, const Addresses&, const Addresses&, const Addresses&, const Addresses&,
-                    const Addresses&>())
+      .def(py::init<Dtype, const std::vector<int64_t>&, const std::vector<uint32_t>&,
+                    const std::vector<std::array<int64_t, 3>>&, const Addresses&, const Addresses&, const Addresses&,
+                    const Addresses&, const Addresses&, const Addresses&, const Addresses&>())
       .def("run", &Table::run);
-  py::class_<Step>(m, "Step").def(py::init(&make_step));
   m.def("gaussian",
         [](uintptr_t out, int64_t numel, uint64_t seed, uint32_t step, uint32_t stream, int64_t offset, int threads) {
           py::gil_scoped_release release;

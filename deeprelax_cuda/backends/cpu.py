@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ else:
 
 NAME = "cpu"
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+#: The fields of `Scalars` that the native step has under the same names, as numbers.
+_NUMBERS = [field.name for field in fields(Scalars) if field.name not in ("family", "rounding")]
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -45,7 +47,7 @@ class CpuPlan:
         self._table: Any = None
         if tensors.params:
             self._table = _native.Table(
-                _DTYPES[tensors.params[0].dtype],
+                getattr(_native.Dtype, str(tensors.params[0].dtype).removeprefix("torch.")),
                 [p.numel() for p in tensors.params],
                 tensors.numbers,
                 tensors.places,
@@ -64,13 +66,11 @@ class CpuPlan:
         """Take the step; see `deeprelax_cuda.steps.Plan`."""
         if self._table is None:
             return
-        h = scalars
-        step = _native.Step(
-            h.family == "langevin", h.inner, h.outer,
-            h.eta, h.k, h.s, h.a, h.c, h.wd, h.mu, h.damp1, h.nesterov, h.coupling_in_momentum, h.maximize,
-            h.lr, h.mu_o, h.wd_o, h.kr, h.nesterov_o,
-            h.seed, h.step, h.rounding == "stochastic",
-        )  # fmt: skip
+        step = _native.Step()
+        for name in _NUMBERS:
+            setattr(step, name, getattr(scalars, name))
+        step.family = getattr(_native.Family, scalars.family)
+        step.rounding = getattr(_native.Rounding, scalars.rounding)
         self._table.run(
             [g.data_ptr() for g in grads],
             step,

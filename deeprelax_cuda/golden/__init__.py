@@ -10,8 +10,8 @@
   they catch: a corner, or a coefficient that is one float32 unit in the last place too high ("up") or too low ("down").
 * ``inputs``: named sets of 17-element tensors.
 * ``updates``: whole steps: the ``inputs`` set and the ``tensors`` taken from it, ``dtype`` of ``y`` and ``g``, ``family``,
-  ``inner`` and ``outer``, ``scalars``, tensor ``number``, ``place`` (offset, run, pitch), ``inv_scale`` and ``found_inf`` where
-  there are any, and ``out``, all tensors that a step may write, afterwards.
+  ``inner`` and ``outer``, ``scalars``, tensor ``number``, ``place`` (offset, run, pitch), ``inv_scale`` (to be rounded to the
+  compute type) and ``found_inf`` where there are any, and ``out``, all tensors that a step may write, afterwards.
 
 Words are hexadecimal strings, normals hexadecimal floats (`float.fromhex`), tensors one string of hexadecimal bit patterns, an
 element each; a NaN is a NaN whatever its bits. Scalars are decimals that give back the binary64 number, already rounded once to

@@ -19,7 +19,7 @@ __device__ void four(const Twice<Twice<float>>& z, T (&to)[4]) {
   to[0] = z.lo.lo, to[1] = z.lo.hi, to[2] = z.hi.lo, to[3] = z.hi.hi;
 }
 
-template <class Stored>
+template <class Stored, bool stochastic>
 __global__ void step(Scalars<typename ComputeType<Stored>::type> h, Stored* y, const Stored* g,
                      typename ComputeType<Stored>::type* x, typename ComputeType<Stored>::type* m,
                      typename ComputeType<Stored>::type* v, uint64_t seed, uint32_t t, uint32_t number) {
@@ -34,23 +34,24 @@ __global__ void step(Scalars<typename ComputeType<Stored>::type> h, Stored* y, c
     const int64_t i = 4 * q + lane;
     Element<T> e{load(y + i), load(g + i), x[i], m[i], v[i], T(0), T(0)};
     take_step(h, e, z[lane], [&](T value) {
-      if constexpr (sizeof(T) == 4) {
-        if (words[lane] == 0) return from_bits(stochastic_bfloat16(bits(value), words[lane]));
+      if constexpr (stochastic) {
+        return from_bits(stochastic_bfloat16(bits(value), words[lane]));
+      } else {
+        return stored_as(value, y);
       }
-      return stored_as(value, y);
     });
     store(y + i, e.y);
     x[i] = e.x, m[i] = e.m, v[i] = e.v;
   }
 }
 
-template __global__ void step<float>(Scalars<float>, float*, const float*, float*, float*, float*, uint64_t, uint32_t,
-                                     uint32_t);
-template __global__ void step<double>(Scalars<double>, double*, const double*, double*, double*, double*, uint64_t, uint32_t,
-                                      uint32_t);
-template __global__ void step<BFloat16>(Scalars<float>, BFloat16*, const BFloat16*, float*, float*, float*, uint64_t, uint32_t,
-                                        uint32_t);
-template __global__ void step<Float16>(Scalars<float>, Float16*, const Float16*, float*, float*, float*, uint64_t, uint32_t,
-                                       uint32_t);
+#define STEP(Stored, T, stochastic)                                                                                     \
+  template __global__ void step<Stored, stochastic>(Scalars<T>, Stored*, const Stored*, T*, T*, T*, uint64_t, uint32_t, \
+                                                    uint32_t)
+STEP(float, float, false);
+STEP(double, double, false);
+STEP(BFloat16, float, false);
+STEP(BFloat16, float, true);
+STEP(Float16, float, false);
 
 }  // namespace deeprelax

@@ -3,7 +3,8 @@
 
 extern "C" {
 
-__attribute__((visibility("default"))) void probe_step(int dtype, const deeprelax::Tensor* tensor, const deeprelax::Step* step) {
+__attribute__((visibility("default"))) void probe_step(int dtype, const deeprelax::Tensor* tensor,
+                                                       const deeprelax::Step* step) {
   deeprelax::cpu::step(static_cast<deeprelax::Dtype>(dtype), tensor, 1, *step, 1);
 }
 

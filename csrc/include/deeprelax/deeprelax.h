@@ -47,7 +47,7 @@ struct Step {
   uint64_t seed = 0;
   uint32_t step = 0;
   Rounding rounding = Rounding::nearest;
-  const float* inv_scale = nullptr;  // multiplies the gradient
+  const void* inv_scale = nullptr;   // a number of the compute type that multiplies the gradient
   const float* found_inf = nullptr;  // where it holds a number other than 0 (NaN counts), the call writes nothing
 };
 
