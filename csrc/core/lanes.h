@@ -87,22 +87,27 @@ DR_FN double widen(float f) { return static_cast<double>(f); }
 // no array, so a compiler holds all of it in registers.
 
 template <class L>
+struct Lanes {  // how many elements a lane type holds
+  static constexpr int count = L::lanes;
+};
+template <>
+struct Lanes<float> {
+  static constexpr int count = 1;
+};
+template <>
+struct Lanes<double> : Lanes<float> {};
+template <>
+struct Lanes<uint32_t> : Lanes<float> {};
+
+template <class L>
 struct Twice {
+  static constexpr int lanes = 2 * Lanes<L>::count;
   L lo, hi;
 
   Twice() = default;
   DR_FN Twice(L lo_, L hi_) : lo(lo_), hi(hi_) {}
   template <class S>
   DR_FN explicit Twice(S scalar) : lo(scalar), hi(scalar) {}
-};
-
-template <class L>
-struct Lanes {  // how many elements a lane type holds
-  static constexpr int count = 1;
-};
-template <class L>
-struct Lanes<Twice<L>> {
-  static constexpr int count = 2 * Lanes<L>::count;
 };
 
 #define DR_LIFT_OPERATOR(op)                           \

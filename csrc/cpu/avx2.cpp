@@ -1,6 +1,8 @@
 // The CPU kernels for AVX2 (with F16C).
 #include <immintrin.h>
 
+#include <type_traits>
+
 #include "../core/philox.h"
 #include "../core/rounding.h"
 
@@ -10,24 +12,28 @@ namespace {
 // 4 counters' words, each in the low half of a 64-bit lane. Counters go 0 2 1 3, so that merge and interleave, which work
 // within 128 bits, end in storage order.
 struct WordPack {
+  static constexpr int lanes = 4;
   __m256i u;
   DR_FN WordPack(__m256i u_) : u(u_) {}
   DR_FN explicit WordPack(uint32_t w) : u(_mm256_set1_epi64x(w)) {}
   WordPack() = default;
 };
-struct IntPack {  // 8 lanes
+struct IntPack {
+  static constexpr int lanes = 8;
   __m256i u;
   DR_FN IntPack(__m256i u_) : u(u_) {}
   DR_FN explicit IntPack(uint32_t w) : u(_mm256_set1_epi32(static_cast<int>(w))) {}
   IntPack() = default;
 };
-struct FloatPack {  // 8 lanes
+struct FloatPack {
+  static constexpr int lanes = 8;
   __m256 f;
   DR_FN FloatPack(__m256 f_) : f(f_) {}
   DR_FN explicit FloatPack(float s) : f(_mm256_set1_ps(s)) {}
   FloatPack() = default;
 };
-struct DoublePack {  // 4 lanes
+struct DoublePack {
+  static constexpr int lanes = 4;
   __m256d f;
   DR_FN DoublePack(__m256d f_) : f(f_) {}
   DR_FN explicit DoublePack(double s) : f(_mm256_set1_pd(s)) {}
@@ -125,34 +131,10 @@ DR_FN FloatPack stored_as(FloatPack a, const Float16*) {
 using BigWord = Twice<WordPack>;  // two Philox chains: there are only 16 registers
 using SmallWord = WordPack;
 template <class T>
-struct PartOf {
-  using type = Twice<FloatPack>;
-};
-template <>
-struct PartOf<double> {
-  using type = Twice<DoublePack>;
-};
-template <class T>
-using Part = typename PartOf<T>::type;
+using Part = Twice<std::conditional_t<std::is_same_v<T, double>, DoublePack, FloatPack>>;
 
 }  // namespace
-
 }  // namespace deeprelax::cpu
-
-namespace deeprelax {
-template <>
-struct Lanes<cpu::WordPack> {
-  static constexpr int count = 4;
-};
-template <>
-struct Lanes<cpu::FloatPack> {
-  static constexpr int count = 8;
-};
-template <>
-struct Lanes<cpu::DoublePack> {
-  static constexpr int count = 4;
-};
-}  // namespace deeprelax
 
 #include "lifted_memory.h"
 #include "step.h"
