@@ -23,7 +23,7 @@ from torch import Tensor
 
 from deeprelax_cuda import ops  # noqa: F401  (registers torch.ops.deeprelax)
 from deeprelax_cuda.noise import STREAMS_PER_DOMAIN, as_place, check_range, check_seed, check_step, to_int64
-from deeprelax_cuda.steps import Family, Rounding, round_scalar
+from deeprelax_cuda.steps import Family, Rounding, compute_type, round_scalar
 
 TensorPlace = int | tuple[int, int, int]
 
@@ -170,8 +170,8 @@ def langevin_step_(
         anchors if outer is not None else [],
         _tensors("outer.momenta", None if outer is None else outer.momenta),
         _tensors("outer.consensus", None if outer is None else outer.consensus),
-        _scale("inv_scale", inv_scale, params),
-        _scale("found_inf", found_inf, params),
+        _inv_scale(inv_scale, params),
+        _found_inf(found_inf, params),
         lr=lr,
         stiffness=stiffness,
         noise_std=noise_std,
@@ -241,8 +241,8 @@ def gradient_average_step_(
         anchors if outer is not None else [],
         _tensors("outer.momenta", None if outer is None else outer.momenta),
         _tensors("outer.consensus", None if outer is None else outer.consensus),
-        _scale("inv_scale", inv_scale, params),
-        _scale("found_inf", found_inf, params),
+        _inv_scale(inv_scale, params),
+        _found_inf(found_inf, params),
         averaging=averaging,
         drift=drift,
         noise_std=noise_std,
@@ -319,7 +319,7 @@ def outer_step_(
         _tensors("outer_momenta", outer_momenta),
         _tensors("masters", masters),
         _tensors("consensus", consensus),
-        _scale("found_inf", found_inf, params),
+        _found_inf(found_inf, params),
         lr=lr,
         momentum=momentum,
         nesterov=nesterov,
@@ -345,15 +345,27 @@ def _tensors(name: str, tensors: Sequence[Tensor] | None) -> list[Tensor]:
     return tensors
 
 
-def _scale(name: str, scale: float | Tensor | None, params: Sequence[Tensor]) -> Tensor | None:
-    """Return a number, or a tensor of one, as float32 on the parameters' device."""
+def _inv_scale(scale: float | Tensor | None, params: Sequence[Tensor]) -> Tensor | None:
+    """Return a number, or a tensor of one, in the compute type on the parameters' device."""
     if scale is None or not params:
         return None
+    dtype, device = compute_type(params[0].dtype), params[0].device
     if isinstance(scale, Tensor):
-        return scale.detach().to(params[0].device, torch.float32)
-    if name == "inv_scale" and not torch.compiler.is_compiling():  # which cannot trace it
-        scale = round_scalar(name, scale, torch.float32)
-    return torch.full((), scale, dtype=torch.float32, device=params[0].device)
+        return scale.detach().to(device, dtype)
+    if not torch.compiler.is_compiling():  # which cannot trace it
+        scale = round_scalar("inv_scale", scale, dtype)
+    return torch.full((), scale, dtype=dtype, device=device)
+
+
+def _found_inf(found: float | Tensor | None, params: Sequence[Tensor]) -> Tensor | None:
+    """Return a number, or a tensor of one, as float32 on the parameters' device: other than 0 just where it is."""
+    if found is None or not params:
+        return None
+    device = params[0].device
+    if not isinstance(found, Tensor):
+        return torch.full((), 1.0 if found != 0 else 0.0, dtype=torch.float32, device=device)
+    found = found.detach()
+    return (found if found.dtype == torch.float32 else found != 0).to(device, torch.float32)
 
 
 def _outer_scalars(outer: OuterStep | None) -> dict[str, float]:

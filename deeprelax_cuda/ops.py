@@ -2,7 +2,7 @@
 
 An operator's schema is the signature of the function below that implements it. Lists that a call does without are empty.
 Scalars are binary64 and are rounded here, once, to the compute type; a seed comes as the two's-complement int64 of its 64 bits,
-and places as three ints a tensor: offset, run, pitch.
+and places as three ints a tensor: offset, run, pitch. ``inv_scale`` is of the compute type, ``found_inf`` is float32.
 
 An argument is declared mutated just when the call may write it: so the anchors of a call that takes the outer step have a list
 of their own, and the outer step has a list of averages, which it resets, and one of gradient averages, which it only reads.
@@ -13,9 +13,9 @@ of their own, and the outer step has a list of averages, which it resets, and on
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,22 @@ from torch import Tensor
 from deeprelax_cuda import backends
 from deeprelax_cuda.checks import check_device, check_grads, check_scale, check_tensors
 from deeprelax_cuda.noise import Place, check_range, check_step, from_int64
-from deeprelax_cuda.steps import NARROW, Rounding, Scalars, Tensors, round_scalar
+from deeprelax_cuda.steps import NARROW, ROLES, Scalars, Tensors, check_rounding, round_scalar
+
+#: By field of `Scalars`: the name of the argument, and its value.
+_Numbers = Mapping[str, tuple[str, float]]
+
+#: When a list that may be empty is needed; masters never are.
+_NEEDED_WHERE = {
+    "anchors": "there is a stiffness, a gradient average or an outer step",
+    "averages": "there is an averaging, a drift or an outer step",
+    "momenta": "the momentum is not 0",
+    "outer_momenta": "the outer momentum is not 0",
+    "consensus": "the replica stiffness is not 0",
+}
+
+#: What errors call the averages of the other family.
+_AVERAGES_ARE_P = {"averages": "gradient_averages"}
 
 
 def langevin_step_(
@@ -62,40 +77,19 @@ def langevin_step_(
     rounding: str = "nearest",
     backend: str = "auto",
 ) -> None:
-    number = partial(round_scalar, dtype=_dtype(params))
-    scalars = Scalars(
-        family="langevin",
-        outer=outer,
-        eta=number("lr", lr),
-        k=number("stiffness", stiffness),
-        s=number("noise_std", noise_std),
-        a=number("averaging", averaging),
-        wd=number("weight_decay", weight_decay),
-        mu=number("momentum", momentum),
-        damp1=number("1 - dampening", 1.0 - dampening),
-        nesterov=nesterov,
-        coupling_in_momentum=coupling_in_momentum,
-        maximize=maximize,
-        lr=number("outer_lr", outer_lr),
-        mu_o=number("outer_momentum", outer_momentum),
-        wd_o=number("outer_weight_decay", outer_weight_decay),
-        kr=number("replica_stiffness", replica_stiffness),
+    scalars = _scalars(
+        params, masters, seed, step, rounding,
+        {
+            "eta": ("lr", lr), "k": ("stiffness", stiffness), "s": ("noise_std", noise_std), "a": ("averaging", averaging),
+            "wd": ("weight_decay", weight_decay), "mu": ("momentum", momentum), "damp1": ("1 - dampening", 1.0 - dampening),
+            **_outer_numbers(outer_lr, outer_momentum, outer_weight_decay, replica_stiffness, prefix="outer_"),
+        },
+        family="langevin", outer=outer, nesterov=nesterov, coupling_in_momentum=coupling_in_momentum, maximize=maximize,
         nesterov_o=outer_nesterov,
-        seed=from_int64(seed),
-        step=check_step(step),
-        rounding=_rounding(rounding, _dtype(params), masters),
-    )
-    tensors = Tensors(
-        params=params,
-        anchors=outer_anchors if outer else anchors,
-        averages=averages,
-        momenta=momenta,
-        masters=masters,
-        outer_momenta=outer_momenta,
-        consensus=consensus,
-        numbers=streams or range(len(params)),
-        places=_places(places, params),
-    )
+    )  # fmt: skip
+    anchors = outer_anchors if outer else anchors
+    noise = _noise(params, streams, places)
+    tensors = Tensors(params, anchors, averages, momenta, masters, outer_momenta, consensus, **noise)
     _run(tensors, grads, scalars, inv_scale, found_inf, backend)
 
 
@@ -129,34 +123,18 @@ def gradient_average_step_(
     rounding: str = "nearest",
     backend: str = "auto",
 ) -> None:
-    number = partial(round_scalar, dtype=_dtype(params))
-    scalars = Scalars(
-        family="gradient_average",
-        outer=outer,
-        s=number("noise_std", noise_std),
-        a=number("averaging", averaging),
-        c=number("drift", drift),
-        wd=number("weight_decay", weight_decay),
-        maximize=maximize,
-        lr=number("outer_lr", outer_lr),
-        mu_o=number("outer_momentum", outer_momentum),
-        wd_o=number("outer_weight_decay", outer_weight_decay),
-        kr=number("replica_stiffness", replica_stiffness),
-        nesterov_o=outer_nesterov,
-        seed=from_int64(seed),
-        step=check_step(step),
-        rounding=_rounding(rounding, _dtype(params), masters),
-    )
-    tensors = Tensors(
-        params=params,
-        anchors=outer_anchors if outer else anchors,
-        averages=gradient_averages,
-        masters=masters,
-        outer_momenta=outer_momenta,
-        consensus=consensus,
-        numbers=streams or range(len(params)),
-        places=_places(places, params),
-    )
+    scalars = _scalars(
+        params, masters, seed, step, rounding,
+        {
+            "s": ("noise_std", noise_std), "a": ("averaging", averaging), "c": ("drift", drift),
+            "wd": ("weight_decay", weight_decay),
+            **_outer_numbers(outer_lr, outer_momentum, outer_weight_decay, replica_stiffness, prefix="outer_"),
+        },
+        family="gradient_average", outer=outer, maximize=maximize, nesterov_o=outer_nesterov,
+    )  # fmt: skip
+    anchors = outer_anchors if outer else anchors
+    noise = _noise(params, streams, places)
+    tensors = Tensors(params, anchors, gradient_averages, [], masters, outer_momenta, consensus, **noise, names=_AVERAGES_ARE_P)
     _run(tensors, grads, scalars, inv_scale, found_inf, backend)
 
 
@@ -185,31 +163,15 @@ def outer_step_(
 ) -> None:
     if averages and gradient_averages:
         raise ValueError("averages, gradient_averages: expected one of them, got both")
-    number = partial(round_scalar, dtype=_dtype(params))
-    scalars = Scalars(
-        family="gradient_average" if gradient_averages else "langevin",
-        inner=False,
-        outer=True,
-        s=number("noise_std", noise_std),
-        lr=number("lr", lr),
-        mu_o=number("momentum", momentum),
-        wd_o=number("weight_decay", weight_decay),
-        kr=number("replica_stiffness", replica_stiffness),
-        nesterov_o=nesterov,
-        seed=from_int64(seed),
-        step=check_step(step),
-        rounding=_rounding(rounding, _dtype(params), masters),
-    )
-    tensors = Tensors(
-        params=params,
-        anchors=anchors,
-        averages=averages or gradient_averages,
-        masters=masters,
-        outer_momenta=outer_momenta,
-        consensus=consensus,
-        numbers=streams or range(len(params)),
-        places=_places(places, params),
-    )
+    scalars = _scalars(
+        params, masters, seed, step, rounding,
+        {"s": ("noise_std", noise_std), **_outer_numbers(lr, momentum, weight_decay, replica_stiffness)},
+        family="gradient_average" if gradient_averages else "langevin", inner=False, outer=True, nesterov_o=nesterov,
+    )  # fmt: skip
+    noise = _noise(params, streams, places)
+    names = _AVERAGES_ARE_P if gradient_averages else {}
+    averages = averages or gradient_averages
+    tensors = Tensors(params, anchors, averages, [], masters, outer_momenta, consensus, **noise, names=names)
     _run(tensors, [], scalars, None, found_inf, backend)
 
 
@@ -234,49 +196,48 @@ def _dtype(params: Sequence[Tensor]) -> torch.dtype:
     return params[0].dtype if params else torch.float32
 
 
-def _rounding(rounding: str, dtype: torch.dtype, masters: Sequence[Tensor]) -> Rounding:
-    """Return how parameters of type ``dtype`` are rounded; there is nothing to round in the types that are computed in."""
-    if rounding not in ("nearest", "stochastic"):
-        raise ValueError(f'rounding: expected "nearest" or "stochastic", got "{rounding}"')
-    if rounding == "nearest" or dtype not in NARROW:
-        return "nearest"
-    if dtype != torch.bfloat16:
-        raise ValueError(f"rounding: stochastic rounding is to torch.bfloat16, the parameters are {dtype}")
-    if masters:
-        raise ValueError("rounding: stochastic rounding and masters exclude each other")
-    return "stochastic"
+def _scalars(
+    params: list[Tensor], masters: list[Tensor], seed: int, step: int, rounding: str, numbers: _Numbers, **others: Any
+) -> Scalars:
+    """Return the scalars of a step, each of the ``numbers`` rounded to the compute type of the parameters."""
+    dtype = _dtype(params)
+    rounded: dict[str, Any] = {key: round_scalar(name, value, dtype) for key, (name, value) in numbers.items()}
+    rounding = check_rounding(rounding, dtype, bool(masters))
+    return Scalars(**rounded, **others, seed=from_int64(seed), step=check_step(step), rounding=rounding)
 
 
-def _places(places: list[int], params: Sequence[Tensor]) -> list[Place]:
-    """Return a place for each of the parameters: the given ones, or the whole tensor."""
+def _outer_numbers(lr: float, momentum: float, weight_decay: float, replica_stiffness: float, prefix: str = "") -> _Numbers:
+    """Return the numbers of the outer step; their arguments are called ``prefix`` and so on where there are inner ones too."""
+    return {
+        "lr": (f"{prefix}lr", lr),
+        "mu_o": (f"{prefix}momentum", momentum),
+        "wd_o": (f"{prefix}weight_decay", weight_decay),
+        "kr": ("replica_stiffness", replica_stiffness),
+    }
+
+
+def _noise(params: list[Tensor], streams: list[int], places: list[int]) -> dict[str, Any]:
+    """Return where the tensors of a step get their noise: the given streams and places, or positions and whole tensors."""
     if len(places) % 3:
         raise ValueError(f"places: expected three ints a tensor, offset, run and pitch, got {len(places)} ints")
     if places:
-        return list(map(Place, places[::3], places[1::3], places[2::3]))
-    return [Place(0, numel, numel) for numel in (max(p.numel(), 1) for p in params)]
+        as_places = list(map(Place, places[::3], places[1::3], places[2::3]))
+    else:
+        as_places = [Place(0, numel, numel) for numel in (max(p.numel(), 1) for p in params)]
+    return {"numbers": streams or range(len(params)), "places": as_places}
 
 
-def _playing(tensors: Tensors, sc: Scalars) -> Tensors:
+def _playing(tensors: Tensors, scalars: Scalars) -> Tensors:
     """Return the lists that play a part in the step, refusing it where one of them is missing."""
-
-    def needed(role: str, is_needed: bool, where: str) -> list[Tensor]:
-        items: list[Tensor] = getattr(tensors, role)
-        if is_needed and tensors.params and not items:
-            name = "gradient_averages" if role == "averages" and sc.family == "gradient_average" else role
-            raise ValueError(f"{name}: expected {len(tensors.params)} of them, one a parameter, where {where}; got none")
-        return items if is_needed else []
-
-    coupled = sc.k != 0.0 or sc.family == "gradient_average"
-    averaged = sc.a != 0.0 or sc.c != 0.0
-    return replace(
-        tensors,
-        anchors=needed("anchors", coupled or sc.outer, "there is a stiffness, a gradient average or an outer step"),
-        averages=needed("averages", averaged or sc.outer, "there is an averaging, a drift or an outer step"),
-        momenta=needed("momenta", sc.mu != 0.0, "the momentum is not 0"),
-        masters=tensors.masters if _dtype(tensors.params) in NARROW else [],
-        outer_momenta=needed("outer_momenta", sc.outer and sc.mu_o != 0.0, "the outer momentum is not 0"),
-        consensus=needed("consensus", sc.outer and sc.kr != 0.0, "the replica stiffness is not 0"),
-    )
+    plays = scalars.reads | scalars.writes
+    playing = {role: getattr(tensors, role) if role in plays else [] for role in ROLES}
+    for role, where in _NEEDED_WHERE.items():
+        if role in plays and tensors.params and not playing[role]:
+            expected = f"expected {len(tensors.params)} of them, one a parameter, where {where}; got none"
+            raise ValueError(f"{tensors.name(role)}: {expected}")
+    if _dtype(tensors.params) not in NARROW:
+        playing["masters"] = []
+    return replace(tensors, **playing)
 
 
 def _run(
@@ -299,12 +260,7 @@ def _run(
     name = backends.select(tensors.params[0].device, tensors.params[0].dtype, backend).name
     backends.make_plan(name, tensors).run(grads, scalars, inv_scale, found_inf)
 
-    written = [*tensors.params, *tensors.masters, *tensors.momenta, *tensors.outer_momenta]
-    if outer:
-        written += tensors.anchors
-    if (scalars.inner and scalars.a != 0.0) or (outer and scalars.family == "langevin"):
-        written += tensors.averages
-    torch.autograd.graph.increment_version(written)
+    torch.autograd.graph.increment_version([t for role in scalars.writes for t in getattr(tensors, role)])
 
 
 _library = torch.library.Library("deeprelax", "DEF")  # type: ignore[no-untyped-call]
@@ -337,9 +293,9 @@ def _register_step(op: Callable[..., None], mutates: Collection[str]) -> None:
         for role, items in zip(roles, (params, *others), strict=False):
             if isinstance(items, list):
                 for i, t in enumerate(items):
-                    check_device(role, i, t, params[0].device)
+                    check_device(f"{role}[{i}]", t, params[0].device)
             elif items is not None:
-                check_device(role, None, items, params[0].device)
+                check_device(role, items, params[0].device)
 
     _register(op, fake, mutates)
 

@@ -7,7 +7,7 @@ number once to the compute type, so that every backend computes with the very sa
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -41,6 +41,27 @@ def round_scalar(name: str, value: float, dtype: torch.dtype) -> float:
     return value
 
 
+def check_rounding(rounding: str, dtype: torch.dtype, masters: bool) -> Rounding:
+    """Return how parameters of type ``dtype`` are rounded; there is nothing to round in the types that are computed in.
+
+    Raises:
+        ValueError: no rounding of that name, or a stochastic one of float16 or of parameters that have masters.
+    """
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f'rounding: expected "nearest" or "stochastic", got "{rounding}"')
+    if rounding == "nearest" or dtype not in NARROW:
+        return "nearest"
+    if dtype != torch.bfloat16:
+        raise ValueError(f"rounding: stochastic rounding is to torch.bfloat16, the parameters are {dtype}")
+    if masters:
+        raise ValueError("rounding: stochastic rounding and masters exclude each other")
+    return "stochastic"
+
+
+#: The roles of `Tensors` that hold tensors, in the order of its fields.
+ROLES = ("params", "anchors", "averages", "momenta", "masters", "outer_momenta", "consensus")
+
+
 @dataclass(slots=True)
 class Tensors:
     """The tensors of one call, as parallel lists; a role that plays no part in the call is an empty list.
@@ -49,6 +70,9 @@ class Tensors:
     ``m`` (Langevin) or ``p`` (gradient average), ``momenta`` ``v``, ``masters`` the float32 ``y`` behind narrow parameters,
     ``outer_momenta`` ``w``, ``consensus`` ``c``. All are dense and laid out like their parameter. ``numbers`` are
     the tensor numbers of the noise streams, ``places`` the shards' places.
+
+    The last two are for errors: ``labels`` name the parameters where their positions in the list would say little, ``names``
+    the roles that the caller knows by other names.
 
     Gradients are not among them: they come anew each step, and nobody may keep them alive between steps.
     """
@@ -62,6 +86,13 @@ class Tensors:
     consensus: list[Tensor] = field(default_factory=list)
     numbers: Sequence[int] = ()
     places: Sequence[Place] = ()
+    labels: Sequence[str] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    def name(self, role: str, index: int | None = None) -> str:
+        """Return what errors call a list, or the tensor at ``index`` of it."""
+        role = self.names.get(role, role)
+        return role if index is None else f"{role}[{self.labels[index] if self.labels else index}]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +130,43 @@ class Scalars:
     step: int = 0
     rounding: Rounding = "nearest"
 
+    @property
+    def reads(self) -> frozenset[str]:
+        """The roles that the step reads; of a parameter and its master the step reads one, but both are named."""
+        inner, outer, langevin = self.inner, self.outer, self.family == "langevin"
+        y = inner and (langevin or self.wd != 0.0)
+        by_average = self.a not in (0.0, 1.0) or (not langevin and self.a == 0.0 and self.c != 0.0)  # 1 forgets the old average
+        return _those(
+            params=y,
+            anchors=outer or (inner and (not langevin or self.k != 0.0)),
+            averages=outer or (inner and by_average),
+            momenta=inner and langevin and self.mu != 0.0,
+            masters=y,
+            outer_momenta=outer and self.mu_o != 0.0,
+            consensus=outer and self.kr != 0.0,
+        )
+
+    @property
+    def writes(self) -> frozenset[str]:
+        """The roles that the step writes."""
+        return _those(
+            params=True,
+            anchors=self.outer,
+            averages=(self.inner and self.a != 0.0) or (self.outer and self.family == "langevin"),
+            momenta=self.inner and self.family == "langevin" and self.mu != 0.0,
+            masters=True,
+            outer_momenta=self.outer and self.mu_o != 0.0,
+        )
+
+
+def _those(**roles: bool) -> frozenset[str]:
+    return frozenset(role for role, plays in roles.items() if plays)
+
+
+def may_write(*, outer: bool) -> frozenset[str]:
+    """Return the roles that a step may write, whatever its family and its numbers, with or without an outer step."""
+    return Scalars(outer=outer, a=1.0, mu=1.0, mu_o=1.0).writes
+
 
 class Plan(Protocol):
     """A backend's hold on the tensors of a call: made once, run every step while the tensors stay where they are."""
@@ -111,5 +179,5 @@ class Plan(Protocol):
         """Take the step in place, or nothing at all where ``found_inf`` holds a number other than 0.
 
         ``grads`` are ``g`` of the formula, in the parameters' type and layout; empty where ``scalars.inner`` is off.
-        ``inv_scale`` and ``found_inf`` are one-element float32 tensors on the parameters' device.
+        ``inv_scale`` and ``found_inf`` are one-element tensors on the parameters' device, of the compute type and of float32.
         """

@@ -11,7 +11,7 @@ import torch
 
 from deeprelax_cuda import backends
 from deeprelax_cuda.backends import cpu, eager
-from deeprelax_cuda.functional import gaussian
+from deeprelax_cuda.functional import gaussian, langevin_step_
 from deeprelax_cuda.noise import Place
 from deeprelax_cuda.steps import STORED, Scalars, Tensors
 
@@ -119,6 +119,18 @@ def test_a_fallback_is_loud_in_a_call(unbuilt):
     with pytest.warns(RuntimeWarning, match="eager serves"):
         z = gaussian(5, seed=1, step=2)
     assert torch.equal(z, gaussian(5, seed=1, step=2, backend="eager"))
+
+
+def test_a_fallback_is_said_at_the_line_of_the_caller(unbuilt, monkeypatch):
+    for call in (
+        lambda: backends.select("cpu", torch.float32),
+        lambda: gaussian(5, seed=1, step=2),
+        lambda: langevin_step_([torch.ones(2)], [torch.ones(2)], None, None, lr=1, stiffness=0, noise_std=0, averaging=0),
+    ):
+        monkeypatch.setattr(backends, "_said", set())
+        with pytest.warns(RuntimeWarning, match="eager serves") as said:
+            call()
+        assert [(w.filename, w.lineno) for w in said] == [(__file__, call.__code__.co_firstlineno)]
 
 
 def test_no_backend_at_all_raises_with_every_reason(unbuilt, monkeypatch):

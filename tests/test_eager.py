@@ -10,9 +10,10 @@ import torch
 from numpy import float32 as f32
 from torch import Tensor
 
+from deeprelax_cuda import backends
 from deeprelax_cuda.backends import eager
 from deeprelax_cuda.noise import DOMAIN_ROUNDING, STREAMS_PER_DOMAIN, Place, philox4x32
-from deeprelax_cuda.steps import NARROW, STORED, Scalars, Tensors, compute_type
+from deeprelax_cuda.steps import NARROW, ROLES, STORED, Scalars, Tensors, compute_type, may_write
 
 FAMILIES = ("langevin", "gradient_average")
 SEED = 2**63 + 12345
@@ -190,21 +191,65 @@ def test_found_inf_writes_nothing(family, found, dtype, rounding, masters):
     assert same(result(tensors), result(plain))
 
 
-def test_found_inf_leaves_what_is_only_read_alone():
+STEPS = {
+    "every term": but(),
+    "every term, outer": but(outer=True),
+    "outer only": but(inner=False, outer=True),
+    "no average": but(a=0.0),
+    "no average, outer": but(a=0.0, outer=True),
+    "the last sample": but(a=1.0),
+    "the last sample, outer": but(a=1.0, outer=True),
+    "no term": Scalars(eta=0.125),
+    "no term, outer": Scalars(eta=0.125, outer=True, lr=0.5),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("scalars", STEPS.values(), ids=STEPS.keys())
+def test_found_inf_leaves_what_is_only_read_alone(scalars, family):
     """A write of the same bits would still tell autograd that a tensor has changed."""
-    tensors, grads = problem(torch.float32)
-    versions = [t._version for t in (*tensors.anchors, *tensors.consensus, *tensors.outer_momenta)]
-    eager.EagerPlan(tensors).run(grads, but(), found_inf=torch.zeros(1))
-    assert versions == [t._version for t in (*tensors.anchors, *tensors.consensus, *tensors.outer_momenta)]
+    scalars = but(scalars, family=family)
+    tensors, grads = problem(torch.bfloat16, masters=True)
+    before = {role: [t._version for t in getattr(tensors, role)] for role in ROLES}
+    eager.EagerPlan(tensors).run(grads if scalars.inner else [], scalars, found_inf=torch.zeros(1))
+    counted = {role for role in ROLES if [t._version for t in getattr(tensors, role)] != before[role]}
+    assert counted == scalars.writes
+
+
+@pytest.mark.parametrize("name", backends.available("cpu"))
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("scalars", STEPS.values(), ids=STEPS.keys())
+def test_a_step_reads_and_writes_the_roles_that_its_scalars_say(scalars, family, name):
+    """A NaN shows in what is written just where its role is read; with terms off, a step may read what it then cannot use."""
+    scalars = but(scalars, family=family)
+
+    def outcome(spoiled: str = "") -> dict[str, list[Tensor]]:
+        tensors, grads = problem(torch.float32, shapes=((61,),))
+        for t in getattr(tensors, spoiled) if spoiled else []:
+            t.fill_(float("nan"))
+        backends.make_plan(name, tensors).run(grads if scalars.inner else [], scalars)
+        return {role: [t.clone() for t in getattr(tensors, role)] for role in ROLES}
+
+    before, _ = problem(torch.float32, shapes=((61,),))
+    plain = outcome()
+    moved = {role for role in ROLES if not same(plain[role], getattr(before, role))}
+    assert moved == scalars.writes - {"masters"}
+    assert scalars.writes <= may_write(outer=scalars.outer)
+    for role in ROLES:
+        spoiled = outcome(role)
+        seen = any(not same(spoiled[other], plain[other]) for other in moved)
+        assert role in scalars.reads or not seen, role
+        if scalars.a == EVERY_TERM.a:
+            assert seen or role not in scalars.reads - {"masters"}, role
 
 
 @pytest.mark.parametrize("dtype", STORED, ids=str)
 def test_inv_scale_multiplies_the_gradient_in_the_compute_type(dtype):
-    factor = torch.tensor([1 / 3])
+    factor = torch.tensor([1 / 3], dtype=compute_type(dtype))
     scaled, grads = problem(dtype)
     eager.EagerPlan(scaled).run(grads, EVERY_TERM, inv_scale=factor)
     plain, _ = problem(compute_type(dtype))
-    wide = [g.to(compute_type(dtype)) * factor.to(compute_type(dtype)) for g in grads]
+    wide = [g.to(compute_type(dtype)) * factor for g in grads]
     for p, q in zip(plain.params, problem(dtype)[0].params, strict=True):
         p.copy_(q)
     eager.EagerPlan(plain).run(wide, EVERY_TERM)
@@ -238,11 +283,10 @@ def test_channels_last_is_its_contiguous_twin_in_storage_order(family, dtype, ro
     def stored(tensors: list[Tensor]) -> list[Tensor]:
         return [t.permute(0, 2, 3, 1) for t in tensors]
 
-    roles = ("params", "anchors", "averages", "momenta", "masters", "outer_momenta", "consensus")
-    last = Tensors(**{r: twin(getattr(dense, r)) for r in roles}, numbers=dense.numbers, places=dense.places)
+    last = Tensors(**{r: twin(getattr(dense, r)) for r in ROLES}, numbers=dense.numbers, places=dense.places)
     last_grads = twin(dense_grads)
     plain = Tensors(
-        **{r: [t.clone(memory_format=torch.contiguous_format) for t in stored(getattr(last, r))] for r in roles},
+        **{r: [t.clone(memory_format=torch.contiguous_format) for t in stored(getattr(last, r))] for r in ROLES},
         numbers=dense.numbers,
         places=dense.places,
     )
@@ -285,8 +329,7 @@ def test_every_written_element_moves_and_nothing_else(family, dtype, rounding, m
             buffers.append(buffer)
         return [b[3:132] for b in buffers[len(buffers) - len(tensors) :]]
 
-    roles = ("params", "anchors", "averages", "momenta", "masters", "outer_momenta", "consensus")
-    tensors = Tensors(**{r: guarded(getattr(source, r)) for r in roles}, numbers=[0], places=[Place(1, 129, 129)])
+    tensors = Tensors(**{r: guarded(getattr(source, r)) for r in ROLES}, numbers=[0], places=[Place(1, 129, 129)])
     grads = guarded(grads)
     before = [b.clone() for b in buffers]
     eager.EagerPlan(tensors).run(grads, but(family=family, outer=True, rounding=rounding, a=0.25))

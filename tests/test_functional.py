@@ -27,8 +27,9 @@ from step_lists import (
 )
 from torch import Tensor
 
-from deeprelax_cuda import functional
+from deeprelax_cuda import backends, functional
 from deeprelax_cuda.backends.eager import EagerPlan
+from deeprelax_cuda.checks import check_grads
 from deeprelax_cuda.noise import Place
 from deeprelax_cuda.steps import STORED, Scalars, Tensors, compute_type
 
@@ -72,7 +73,7 @@ def test_every_argument_reaches_its_place(name, dtype, backend):
     places = [Place(2**40 + 1, 4, 9), Place(5, 7, 7), Place(3, 1, 1), Place(0, 1, 1)]
     roles = {role: items for role, items in vars(twin).items() if role != "grads"}
     plan = EagerPlan(Tensors(**roles, numbers=STREAMS, places=places))
-    plan.run(twin.grads, scalars(name, dtype), torch.tensor(0.3))
+    plan.run(twin.grads, scalars(name, dtype), torch.tensor(0.3, dtype=compute_type(dtype)))
     assert same(lists, twin)
     assert not torch.equal(lists.params[0], before.params[0])
 
@@ -188,6 +189,32 @@ def test_inv_scale_may_be_a_tensor(inv_scale):
     assert same(lists, twin)
 
 
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_inv_scale_is_rounded_once_to_the_compute_type(backend):
+    """0.1 in float32 would be 0.100000001."""
+    for dtype in STORED:
+        for inv_scale in (0.1, torch.tensor(0.1, dtype=F64)):
+            y = [torch.zeros(1, dtype=dtype)]
+            v = [torch.zeros(1, dtype=compute_type(dtype))]
+            functional.langevin_step_(
+                y, [torch.ones(1, dtype=dtype)], None, None, v, lr=1.0, stiffness=0.0, noise_std=0.0, averaging=0.0,
+                momentum=0.5, inv_scale=inv_scale, backend=backend,
+            )  # fmt: skip
+            assert v[0].item() == number(0.1, dtype)
+
+
+@pytest.mark.parametrize("found_inf", [1e-60, 2**-200, 1, True, math.nan])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_found_inf_counts_whatever_float32_would_make_of_it(as_tensor, found_inf):
+    lists = Lists.of()
+    before = lists.clone()
+    dtype = F64 if isinstance(found_inf, float) else None
+    langevin(lists, found_inf=torch.tensor(found_inf, dtype=dtype) if as_tensor else found_inf)
+    assert same(lists, before)
+    langevin(lists, found_inf=torch.zeros((), dtype=dtype) if as_tensor else type(found_inf)(0))
+    assert not torch.equal(lists.params[0], before.params[0])
+
+
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 def test_wide_parameters_ignore_masters_and_stochastic_rounding(dtype):
     lists = Lists.of(dtype)
@@ -248,6 +275,33 @@ def test_a_gradient_in_another_layout_is_read_as_what_it_is(make):
     lists.grads, twin.grads = [], []
     assert same(lists, twin)
     assert torch.equal(g, kept)
+
+
+LAZY: dict[str, Callable[[tuple[int, ...]], Tensor]] = {
+    "negation": lambda shape: torch._neg_view(torch.arange(12.0).view(shape)),
+    "transposed negation": lambda shape: torch._neg_view(torch.arange(12.0).view(shape[::-1]).t()),
+    "zeros without memory": torch._efficientzerotensor,
+    "expanded zeros without memory": lambda shape: torch._efficientzerotensor(1).expand(shape),
+}
+
+
+@pytest.mark.parametrize("make", LAZY.values(), ids=LAZY.keys())
+@pytest.mark.parametrize("name", ["auto", "eager"])
+def test_a_gradient_that_is_not_written_out_in_memory_is_read_as_what_it_is(make, name):
+    """A step checked and taken as the optimizers do it; the operators get such tensors from torch written out."""
+    g = make((3, 4))
+    written_out = torch.empty(3, 4).copy_(g)
+    steps = []
+    for grad in (g, written_out):
+        y = torch.ones(3, 4)
+        tensors = Tensors([y], numbers=[0], places=[Place(0, 12, 12)])
+        plan = backends.make_plan(backends.select("cpu", F32, name).name, tensors)
+        (checked,) = check_grads(tensors, [grad])
+        assert checked.data_ptr() != 0
+        plan.run([checked], Scalars(eta=0.5))
+        steps.append(y)
+    assert torch.equal(*steps)
+    assert torch.equal(steps[0], 1 - 0.5 * written_out)
 
 
 def test_tensors_may_share_a_storage():

@@ -34,7 +34,7 @@ def langevin(dtype=torch.float32, outer=False, masters=False, grad=False):
         "outer_anchors": some(wide) if outer else [],
         "outer_momenta": some(wide) if outer else [],
         "consensus": some(wide) if outer else [],
-        "inv_scale": torch.tensor(0.5),
+        "inv_scale": torch.tensor(0.5, dtype=wide),
         "found_inf": torch.tensor(0.0),
     }
     return OPS.langevin_step_, arguments, {**LANGEVIN, "momentum": 0.9, **NOISE, **(OUTER if outer else {})}

@@ -1,11 +1,9 @@
-"""What every optimizer here owes to a training loop written for torch.optim: drop-in rules, resuming, evaluating, refusals."""
+"""What every optimizer here owes to a training loop written for torch.optim: drop-in rules, gradients, options, refusals."""
 
 from __future__ import annotations
 
 import copy
-import io
 import math
-import pickle
 import warnings
 import weakref
 from collections.abc import Callable
@@ -13,252 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from optim_runs import METHODS, L, assert_equal, backward, counters, small_model, snapshot, walk
 from torch import Tensor, nn
 
 from deeprelax_cuda import backends
 from deeprelax_cuda.optim import EntropySGD
 
-L = 3
-#: Constructors with settings under which everything moves: a gamma that changes, noise and momenta.
-METHODS: dict[str, Callable[..., EntropySGD]] = {
-    "EntropySGD": lambda params, **options: EntropySGD(
-        params, **{"inner_steps": L, "gamma": 2.0, "scoping": 0.1, "temperature": 1e-3, "seed": 11, **options}
-    ),
-}
-
 
 @pytest.fixture(params=METHODS)
 def make(request: pytest.FixtureRequest) -> Callable[..., EntropySGD]:
     return METHODS[request.param]
-
-
-def small_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)).to(dtype)
-
-
-def backward(model: nn.Module, step: int) -> Tensor:
-    """Put the gradients of step number ``step`` in place."""
-    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step)).to(next(model.parameters()).dtype)
-    model.zero_grad()
-    loss = model(x).square().mean()
-    loss.backward()
-    return loss
-
-
-def walk(model: nn.Module, optimizer: EntropySGD, steps: range) -> None:
-    for step in steps:
-        backward(model, step)
-        optimizer.step()
-
-
-def snapshot(model: nn.Module, optimizer: EntropySGD) -> dict[str, Tensor]:
-    """Copies of the parameters and of all state, by name."""
-    tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for name, p in model.named_parameters():
-        for role, value in optimizer.state.get(p, {}).items():
-            tensors[f"{name} {role}"] = torch.as_tensor(value).detach().clone()
-    return tensors
-
-
-def assert_equal(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
-    assert got.keys() == want.keys()
-    for name, tensor in want.items():
-        assert got[name].dtype == tensor.dtype, name
-        assert torch.equal(got[name], tensor), name
-
-
-def counters(optimizer: EntropySGD) -> list[dict[str, Any]]:
-    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-
-
-KINDS: list[dict[str, Any]] = [
-    {"dtype": torch.float32},
-    {"dtype": torch.float32, "averaging": "linear"},
-    {"dtype": torch.bfloat16, "rounding": "stochastic"},
-    {"dtype": torch.bfloat16, "master_weights": True},
-    {"dtype": torch.float64, "gamma_total": 3.0, "gamma_min": 0.5},
-]
-
-
-@pytest.fixture(params=KINDS, ids=lambda kind: " ".join(map(str, kind.values())))
-def kind(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return dict(request.param)
-
-
-# Saving, loading, copying.
-
-
-@pytest.mark.parametrize("in_eval", [False, True], ids=["train", "eval"])
-@pytest.mark.parametrize("position", range(2 * L + 1))
-def test_resume_is_bitwise(make: Callable[..., EntropySGD], kind: dict[str, Any], position: int, in_eval: bool) -> None:
-    dtype = kind.pop("dtype")
-    model = small_model(dtype)
-    optimizer = make(model.parameters(), **kind)
-    walk(model, optimizer, range(position))
-    if in_eval:
-        optimizer.eval()
-    file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-
-    other = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)).to(dtype)
-    resumed = make(other.parameters(), **{**kind, "seed": 12345})
-    other.load_state_dict(saved["model"])
-    resumed.load_state_dict(saved["optimizer"])
-    assert_equal(snapshot(other, resumed), snapshot(model, optimizer))
-    if in_eval:
-        optimizer.train()
-        resumed.train()
-    walk(model, optimizer, range(position, position + L + 1))
-    walk(other, resumed, range(position, position + L + 1))
-    assert_equal(snapshot(other, resumed), snapshot(model, optimizer))
-    assert counters(resumed) == counters(optimizer)
-
-
-def test_counters_are_plain_numbers(make: Callable[..., EntropySGD]) -> None:
-    model = small_model()
-    optimizer = make(model.parameters())
-    walk(model, optimizer, range(L + 1))
-    (group,) = optimizer.state_dict()["param_groups"]
-    assert (group["step"], group["position"], group["outer_steps"], group["seed"]) == (L + 1, 1, 1, 11)
-    assert group["contract_version"] == 1
-    for name in ("step", "position", "outer_steps", "seed", "contract_version"):
-        assert type(group[name]) is int
-    for name in ("gamma", "initial_gamma", "initial_inner_lr"):
-        assert type(group[name]) is float
-
-
-@pytest.mark.parametrize("copier", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"])
-def test_copies_go_their_own_way(make: Callable[..., EntropySGD], copier: Callable[[Any], Any]) -> None:
-    model = small_model()
-    optimizer = make(model.parameters())
-    walk(model, optimizer, range(L + 1))
-    before = snapshot(model, optimizer)
-    other, copied = copier((model, optimizer))
-    walk(other, copied, range(L + 1, 3 * L))
-    assert_equal(snapshot(model, optimizer), before)
-    walk(model, optimizer, range(L + 1, 3 * L))
-    assert_equal(snapshot(other, copied), snapshot(model, optimizer))
-
-
-def test_loading_copies_and_respects_hooks(make: Callable[..., EntropySGD]) -> None:
-    """A user's pre-hook sees the incoming state before ours, a post-hook the loaded state with its types."""
-    model, other = small_model(torch.bfloat16), small_model(torch.bfloat16)
-    optimizer, resumed = make(model.parameters()), make(other.parameters())
-    walk(model, optimizer, range(2))
-
-    def negate_anchors(_: Any, incoming: dict[str, Any]) -> dict[str, Any]:
-        state = {key: {**values, "anchor": -values["anchor"]} for key, values in incoming["state"].items()}
-        return {**incoming, "state": state}
-
-    seen: list[torch.dtype] = []
-    resumed.register_load_state_dict_pre_hook(negate_anchors)
-    resumed.register_load_state_dict_post_hook(lambda o: seen.extend(s["anchor"].dtype for s in o.state.values()))
-    resumed.load_state_dict(optimizer.state_dict())
-    assert set(seen) == {torch.float32}
-    for p, q in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(resumed.state[q]["anchor"], -optimizer.state[p]["anchor"])
-        for role, tensor in resumed.state[q].items():
-            assert tensor.data_ptr() != optimizer.state[p][role].data_ptr()
-
-
-def test_loading_a_foreign_state_is_refused_and_changes_nothing(make: Callable[..., EntropySGD]) -> None:
-    model = small_model()
-    optimizer = make(model.parameters())
-    walk(model, optimizer, range(2))
-    before, numbers = snapshot(model, optimizer), counters(optimizer)
-    with pytest.raises(ValueError, match="contract version 1, got None"):
-        optimizer.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.1).state_dict())
-    wrong_shape = copy.deepcopy(optimizer.state_dict())
-    wrong_shape["state"][0]["average"] = torch.zeros(1)
-    with pytest.raises(ValueError, match=r"average: expected the shape of its parameter, \(5, 4\), got \(1,\)"):
-        optimizer.load_state_dict(wrong_shape)
-    assert_equal(snapshot(model, optimizer), before)
-    assert counters(optimizer) == numbers
-
-
-# Evaluating.
-
-
-@pytest.mark.parametrize("round_trips", [1, 7])
-def test_evaluating_never_changes_training(make: Callable[..., EntropySGD], kind: dict[str, Any], round_trips: int) -> None:
-    dtype = kind.pop("dtype")
-    (model, optimizer), (other, evaluated) = ((m := small_model(dtype), make(m.parameters(), **kind)) for _ in range(2))
-    for step in range(2 * L + 1):
-        walk(model, optimizer, range(step, step + 1))
-        walk(other, evaluated, range(step, step + 1))
-        for _ in range(round_trips):
-            evaluated.eval()
-            evaluated.eval()
-            for p in other.parameters():
-                assert torch.equal(p, evaluated.state[p]["anchor"].to(dtype))
-            evaluated.train()
-            evaluated.train()
-        assert_equal(snapshot(other, evaluated), snapshot(model, optimizer))
-
-
-def test_step_in_eval_mode_returns_to_train_mode_with_one_warning(make: Callable[..., EntropySGD]) -> None:
-    (model, optimizer), (other, evaluated) = ((m := small_model(), make(m.parameters())) for _ in range(2))
-    walk(model, optimizer, range(2))
-    walk(other, evaluated, range(2))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for step in (2, 3):
-            backward(model, step)
-            optimizer.step()
-            evaluated.eval()
-            evaluated.step(lambda step=step: backward(other, step))  # its gradients are taken at the live weights
-    assert ["step() in eval mode" in str(warning.message) for warning in caught] == [True]
-    assert caught[0].filename == __file__
-    assert_equal(snapshot(other, evaluated), snapshot(model, optimizer))
-
-
-@pytest.mark.parametrize("in_eval", [False, True], ids=["train", "eval"])
-@pytest.mark.parametrize("name", ["consolidate_", "sync_lookahead"])
-def test_consolidating_goes_on_from_the_anchor(
-    make: Callable[..., EntropySGD], kind: dict[str, Any], name: str, in_eval: bool
-) -> None:
-    dtype = kind.pop("dtype")
-    model = small_model(dtype)
-    optimizer = make(model.parameters(), **kind)
-    walk(model, optimizer, range(L + 2))
-    anchors = [optimizer.state[p]["anchor"].clone() for p in model.parameters()]
-    if in_eval:
-        optimizer.eval()
-    getattr(optimizer, name)()
-    optimizer.train()
-    for p, x in zip(model.parameters(), anchors, strict=True):
-        state = optimizer.state[p]
-        assert torch.equal(p, x.to(dtype))
-        assert torch.equal(state["anchor"], x)
-        assert torch.equal(state["average"], x)
-        assert "master" not in state or torch.equal(state["master"], x)
-        assert state.get("period_steps", 0) == 0
-    assert optimizer.stats() == {"steps": L + 2, "period_steps": 0, "outer_steps": 1}
-    assert optimizer.at_outer_boundary
-
-
-@pytest.mark.parametrize("in_eval", [False, True], ids=["train", "eval"])
-def test_resetting_anchors_takes_the_weights_that_are_there(
-    make: Callable[..., EntropySGD], kind: dict[str, Any], in_eval: bool
-) -> None:
-    dtype = kind.pop("dtype")
-    model = small_model(dtype)
-    optimizer = make(model.parameters(), **kind)
-    walk(model, optimizer, range(L + 2))
-    if in_eval:
-        optimizer.eval()
-    weights = {name: torch.full_like(t, 0.3) for name, t in model.state_dict().items()}
-    model.load_state_dict(weights)
-    optimizer.reset_anchors_()
-    optimizer.train()
-    for p in model.parameters():
-        for role in ("anchor", "average", *(["master"] if "master_weights" in kind else [])):
-            assert torch.equal(optimizer.state[p][role], p.detach().to(optimizer.state[p][role].dtype))
-        assert torch.equal(p, torch.full_like(p, 0.3))
-    assert optimizer.stats()["period_steps"] == 0
 
 
 # Calling step().
@@ -558,6 +320,8 @@ def test_fused_refuses_eager_at_the_step(make: Callable[..., EntropySGD], monkey
         ("backend", "nosuch"),
         ("rounding", "up"),
         ("differentiable", True),
+        ("capturable", True),
+        *[("closure_mode", v) for v in ("inner_loop", None)],
         ("foreach", "yes"),
     ],
 )
@@ -602,10 +366,10 @@ def test_tensors_that_cannot_be_served_are_refused_by_name(make: Callable[..., E
     complex_grad = torch.ones(2, dtype=torch.complex64)
     sparse_grad = torch.sparse_coo_tensor(torch.tensor([[0]]), torch.ones(1), (3,), check_invariants=True)
     cases: list[tuple[nn.Parameter, Tensor, dict[str, Any], str]] = [
-        (complex_, complex_grad, {}, r"^params\[1\] odd \(shape \(2,\), torch.complex64\): expected a real"),
-        (good, sparse_grad, {}, r"^params\[1\] odd .*expected a strided gradient"),
-        (half, torch.ones(2, dtype=torch.float16), {"rounding": "stochastic"}, r"^params\[1\] odd .*bfloat16"),
-        (gappy, torch.ones(2), {}, "expected a dense tensor"),
+        (complex_, complex_grad, {}, r"^params\[1 odd\] \(shape \(2,\), torch.complex64\): expected a real"),
+        (good, sparse_grad, {}, r"^grads\[1 odd\] .*expected a strided tensor"),
+        (half, torch.ones(2, dtype=torch.float16), {"rounding": "stochastic"}, r"^rounding: .*bfloat16.*float16"),
+        (gappy, torch.ones(2), {}, r"^params\[1 odd\] .*expected a dense tensor"),
     ]
     for odd, grad, options, message in cases:
         p = nn.Parameter(torch.ones(3))
@@ -616,6 +380,94 @@ def test_tensors_that_cannot_be_served_are_refused_by_name(make: Callable[..., E
         assert torch.equal(p, torch.ones(3))
         assert len(optimizer.state) == 0
         assert optimizer.stats()["steps"] == 0
+
+
+def test_errors_name_the_parameter_of_the_optimizer(make: Callable[..., EntropySGD]) -> None:
+    """Not its place in a launch, which depends on types and on who has a gradient."""
+    ps = [nn.Parameter(torch.ones(4, dtype=dtype)) for dtype in (torch.float64, torch.float32, torch.float64, torch.float32)]
+    optimizer = make([{"params": ps[:1]}, {"params": ps[1:]}])
+    for p in ps:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.state[ps[3]]["momentum"] = torch.zeros(2)
+    with pytest.raises(ValueError, match=r"^momenta\[3\] \(shape \(2,\)"):
+        optimizer.step()
+    del optimizer.state[ps[3]]["momentum"]
+    ps[2].grad.data = torch.ones(2, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"^grads\[2\] \(shape \(2,\)"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("split", ["group", "dtype"])
+@pytest.mark.parametrize("late", [False, True], ids=["first step", "later step"])
+def test_shared_memory_is_refused_across_launches(make: Callable[..., EntropySGD], split: str, late: bool) -> None:
+    storage = torch.ones(8)
+    p, q = nn.Parameter(storage[:4]), nn.Parameter(storage[4:])
+    if split == "dtype":
+        q = nn.Parameter(storage.view(torch.float64)[2:])
+    optimizer = make([{"params": [("p", p)]}, {"params": [("q", q)]}] if split == "group" else [("p", p), ("q", q)])
+    p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+    if late:
+        optimizer.step()
+    q.data = storage[2:6] if split == "group" else storage.view(torch.float64)[1:3]
+    before = storage.clone()
+    with pytest.raises(ValueError, match=r"^params\[1 q\] .*shares memory with params\[0 p\]"):
+        optimizer.step()
+    assert torch.equal(storage, before)
+
+
+def test_gradient_in_memory_that_is_written_is_refused(make: Callable[..., EntropySGD]) -> None:
+    """At the first step, and where only the gradient's address has changed; gradients may share memory among themselves."""
+    p, q = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    optimizer = make([p, q])
+    p.grad, q.grad = torch.ones(4), p.detach()
+    with pytest.raises(ValueError, match=r"^(grads\[1\]|params\[0\]) .*shares memory"):
+        optimizer.step()
+    q.grad = torch.ones(4)
+    optimizer.step()
+    for i, written in ((0, p.detach()), (1, optimizer.state[q]["anchor"]), (1, optimizer.state[p]["momentum"])):
+        (p, q)[i].grad = written
+        before = [t.detach().clone() for t in (p, q)]
+        with pytest.raises(ValueError, match=rf"grads\[{i}\] .*shares memory|shares memory with grads\[{i}\]"):
+            optimizer.step()
+        assert all(torch.equal(*pair) for pair in zip((p, q), before, strict=True))
+        p.grad = q.grad = torch.ones(4)
+        optimizer.step()
+    assert optimizer.stats()["steps"] == 4
+
+
+@pytest.mark.parametrize(
+    ("dtype", "changes", "message"),
+    [
+        (torch.bfloat16, {"rounding": "zzz"}, "^rounding: .*zzz"),
+        (torch.float32, {"rounding": "zzz"}, "^rounding: .*zzz"),
+        (torch.float16, {"rounding": "stochastic"}, "^rounding: .*bfloat16"),
+        (torch.bfloat16, {"rounding": "stochastic", "master_weights": True}, "^rounding: .*masters"),
+    ],
+)
+def test_rounding_is_checked_at_each_step(
+    make: Callable[..., EntropySGD], dtype: torch.dtype, changes: dict[str, Any], message: str
+) -> None:
+    p = nn.Parameter(torch.ones(4, dtype=dtype))
+    optimizer = make([p])
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    before = p.detach().clone()
+    optimizer.param_groups[0].update(changes)
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert torch.equal(p, before)
+    assert "master" not in optimizer.state[p]
+
+
+def test_gradients_that_only_look_like_numbers_in_memory_are_written_out(make: Callable[..., EntropySGD]) -> None:
+    p, q = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    optimizer, reference = make([p]), make([q])
+    lazy = [torch.ones(4), torch._neg_view(torch.ones(4)), torch._efficientzerotensor(4)]
+    for p.grad, q.grad in zip(lazy, (torch.ones(4), -torch.ones(4), torch.zeros(4)), strict=True):
+        optimizer.step()
+        reference.step()
+        assert torch.equal(p, q)
 
 
 def test_ranks_of_a_process_group_need_a_seed(monkeypatch: pytest.MonkeyPatch) -> None:

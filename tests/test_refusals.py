@@ -8,14 +8,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from step_lists import BF16, F16, F64, STEPS, Lists, langevin, same, some
+from step_lists import BF16, F16, F32, F64, STEPS, Lists, langevin, same, some
 from torch import Tensor
 
 from deeprelax_cuda import functional
-from deeprelax_cuda.checks import check_tensors
+from deeprelax_cuda.checks import check_disjoint, check_grads, check_scale, check_tensors
 from deeprelax_cuda.functional import OuterStep
 from deeprelax_cuda.noise import Place
-from deeprelax_cuda.steps import Tensors
+from deeprelax_cuda.steps import ROLES, Tensors
 
 
 @pytest.mark.parametrize("shift", [0, 1, 7, -7])
@@ -110,10 +110,22 @@ WRONG: list[tuple[tuple[str, ...], Callable[[Lists], dict], type[Exception], str
         "anchors[1] (shape (7,), stride (1,), torch.float64): expected torch.float32",
     ),
     (
-        ALL,
+        ("langevin", "outer"),
         one("averages", lambda t: t.to(F16)),
         TypeError,
         "averages[1] (shape (7,), stride (1,), torch.float16): expected torch.float32",
+    ),
+    (
+        ("gradient average",),
+        one("averages", lambda t: t.to(F16)),
+        TypeError,
+        "gradient_averages[1] (shape (7,), stride (1,), torch.float16): expected torch.float32",
+    ),
+    (
+        ("gradient average",),
+        saying(gradient_averages=some()[:3]),
+        ValueError,
+        "gradient_averages: expected 4 of them, one a parameter, got 3",
     ),
     # layouts
     (
@@ -160,7 +172,7 @@ WRONG: list[tuple[tuple[str, ...], Callable[[Lists], dict], type[Exception], str
         "grads[1] (shape (8,), stride (1,), torch.float32): expected the shape of its",
     ),
     (
-        ALL,
+        ("langevin", "outer"),
         one("averages", wrong_shape),
         ValueError,
         "averages[1] (shape (8,), stride (1,), torch.float32): expected the shape of its",
@@ -206,10 +218,16 @@ WRONG: list[tuple[tuple[str, ...], Callable[[Lists], dict], type[Exception], str
         "grads[0] (shape (5, 3), stride (3, 1), torch.float32): shares memory with params[0]",
     ),
     (
-        INNER,
+        ("langevin",),
         both("grads", "averages"),
         ValueError,
-        "grads[0] (shape (5, 3), stride (3, 1), torch.float32): shares memory with averages",
+        "grads[0] (shape (5, 3), stride (3, 1), torch.float32): shares memory with averages[0]",
+    ),
+    (
+        ("gradient average",),
+        both("grads", "averages"),
+        ValueError,
+        "grads[0] (shape (5, 3), stride (3, 1), torch.float32): shares memory with gradient_averages[0]",
     ),
     (
         ("outer",),
@@ -358,6 +376,78 @@ def test_narrow_parameters(step, dtype, changes, error, message):
 def test_gaussian_refuses(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         functional.gaussian(**{"numel": 5, "seed": 0, "step": 0, **changes})
+
+
+def made(**lists: list[Tensor]) -> Tensors:
+    return Tensors(some(), **lists, numbers=range(4), places=[Place(0, 15, 15)] * 4)
+
+
+LAZY = {"negation": torch._neg_view, "zeros": lambda t: torch._efficientzerotensor(t.shape)}
+
+
+@pytest.mark.parametrize("lazy", LAZY.values(), ids=LAZY.keys())
+@pytest.mark.parametrize("role", ROLES)
+def test_state_that_is_not_written_out_in_memory_is_refused(role, lazy):
+    tensors = made(**{name: some() for name in ROLES if name not in ("params", "masters")})
+    if role == "masters":
+        tensors.params, tensors.masters = some(BF16), some()
+    items = getattr(tensors, role)
+    check_tensors(tensors, outer=True)
+    items[1] = lazy(items[1])
+    with pytest.raises(ValueError, match=rf"^{role}\[1\] \(shape \(7,\).*: expected the numbers in memory"):
+        check_tensors(tensors, outer=True)
+
+
+@pytest.mark.parametrize("lazy", LAZY.values(), ids=LAZY.keys())
+@pytest.mark.parametrize("name", ["inv_scale", "found_inf"])
+def test_a_scale_that_is_not_written_out_in_memory_is_refused(name, lazy):
+    with pytest.raises(ValueError, match=rf"^{name} \(shape \(\),.*: expected the numbers in memory"):
+        check_scale(name, lazy(torch.ones(())), made(), outer=False)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(F16, F32), (F32, F32), (F64, F64)])
+def test_inv_scale_is_of_the_compute_type_and_found_inf_is_float32(dtype, expected):
+    tensors = Tensors(some(dtype))
+    for name, right in (("inv_scale", expected), ("found_inf", F32)):
+        check_scale(name, torch.ones((), dtype=right), tensors, outer=False)
+        wrong = F64 if right is F32 else F32
+        with pytest.raises(TypeError, match=rf"^{name} .*: expected {right}, got {wrong}"):
+            check_scale(name, torch.ones((), dtype=wrong), tensors, outer=False)
+
+
+LABELS = ("stem.weight", "stem.bias", "scale", "head")
+
+
+def test_labels_name_the_tensors_and_names_the_lists():
+    tensors = made(averages=some())
+    tensors.labels, tensors.names = LABELS, {"averages": "gradient_averages"}
+    with pytest.raises(ValueError, match=r"^grads\[stem\.bias\] \(shape \(8,\)"):
+        check_grads(tensors, [wrong_shape(t) if i == 1 else t for i, t in enumerate(some())])
+    with pytest.raises(ValueError, match=r"^grads\[stem\.bias\] .* with gradient_averages\[stem\.bias\]"):
+        check_grads(tensors, [tensors.averages[1] if i == 1 else t for i, t in enumerate(some())])
+    with pytest.raises(ValueError, match=r"^found_inf .* with params\[scale\]"):
+        check_scale("found_inf", tensors.params[2], tensors, outer=False)
+    averages, tensors.averages = tensors.averages, [*tensors.averages[:3], torch.zeros(0, 3)]
+    with pytest.raises(ValueError, match=r"^gradient_averages\[head\] \(shape \(0, 3\)"):
+        check_tensors(tensors, outer=False)
+    tensors.averages = averages[:3]
+    with pytest.raises(ValueError, match=r"^gradient_averages: expected 4"):
+        check_tensors(tensors, outer=False)
+    tensors.averages, tensors.params[0] = averages, torch.zeros(5, 6)[:, ::2]
+    with pytest.raises(ValueError, match=r"^params\[stem\.weight\] .*: expected a dense tensor"):
+        check_tensors(tensors, outer=False)
+
+
+def test_overlaps_may_be_left_to_a_later_check():
+    tensors = made(averages=some())
+    grads = [tensors.averages[0], *some()[1:]]
+    assert check_grads(tensors, grads, disjoint=False) == grads
+    with pytest.raises(ValueError, match=r"^grads\[0\] .* shares memory with averages\[0\]"):
+        check_disjoint({"params": tensors.params, "averages": tensors.averages}, {"grads": grads})
+    tensors.averages[0] = tensors.params[0]
+    check_tensors(tensors, outer=False, disjoint=False)
+    with pytest.raises(ValueError, match=r"^averages\[0\] .* shares memory with params\[0\]"):
+        check_tensors(tensors, outer=False)
 
 
 def test_masters_of_wide_parameters_are_refused_below_the_operators():

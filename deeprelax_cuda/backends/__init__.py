@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 import warnings
 from typing import NamedTuple, Protocol, cast
 
@@ -104,6 +105,11 @@ def _order(device: torch.device) -> tuple[str, ...]:
 
 
 def _say_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
+    """Warn at the line of the caller: the first outside this package and outside torch, through which the operators come."""
+    if message in _said:
+        return
+    _said.add(message)
+    frame, level = sys._getframe(), 1
+    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] in ("deeprelax_cuda", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, RuntimeWarning, stacklevel=level)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deeprelax_cuda.backends.eager_noise import normals, rounding_bits
 from deeprelax_cuda.noise import DOMAIN_NOISE, DOMAIN_ROUNDING, STREAMS_PER_DOMAIN, Place
-from deeprelax_cuda.steps import NARROW, STORED, Scalars, Tensors, compute_type
+from deeprelax_cuda.steps import NARROW, ROLES, STORED, Scalars, Tensors, compute_type
 
 NAME = "eager"
 
@@ -49,7 +49,10 @@ def gaussian(numel: int, *, seed: int, step: int, stream: int, offset: int, devi
 
 
 class _Roles(NamedTuple):
-    """One parameter's tensors, or the same piece of each of them, 1-d in storage order; a role that plays no part is empty."""
+    """One parameter's tensors, or the same piece of each of them, 1-d in storage order; a role that plays no part is empty.
+
+    The fields are `ROLES` under the names of the formula.
+    """
 
     param: Tensor
     x: Tensor
@@ -68,10 +71,11 @@ class EagerPlan:
         params, count = tensors.params, len(tensors.params)
         self._dtype = params[0].dtype if params else torch.float32
         self._device = params[0].device if params else torch.device("cpu")
-        masters = tensors.masters if self._dtype in NARROW else []
-        lists = (params, tensors.anchors, tensors.averages, tensors.momenta, masters, tensors.outer_momenta, tensors.consensus)
+        lists = {role: getattr(tensors, role) for role in ROLES}
+        if self._dtype not in NARROW:
+            lists["masters"] = []
         self._absent = torch.empty(0, device=self._device)
-        flat = [[_flat(t) for t in role] if role else [self._absent] * count for role in lists]
+        flat = [[_flat(t) for t in role] if role else [self._absent] * count for role in lists.values()]
         self._roles = [_Roles(*row) for row in zip(*flat, strict=True)]
         self._numbers = tensors.numbers or range(count)
         self._places = tensors.places or [Place(0, max(p.numel(), 1), max(p.numel(), 1)) for p in params]
@@ -88,8 +92,9 @@ class EagerPlan:
         noisy = sc.s != 0.0 and (sc.inner or sc.family == "gradient_average")
         stochastic = sc.rounding == "stochastic" and self._dtype == torch.bfloat16
         if inv_scale is not None:
-            inv_scale = inv_scale.reshape(()).to(compute_type(self._dtype))
+            inv_scale = inv_scale.reshape(())
         skip = None if found_inf is None else found_inf.reshape(()) != 0.0  # true for NaN
+        written = [role in sc.writes for role in ROLES]
         size = _piece_size(self._device)
 
         flat_grads = [_flat(g) for g in grads] if sc.inner else [self._absent] * len(self._roles)
@@ -104,8 +109,8 @@ class EagerPlan:
                     bits = self._draw(rounding_bits, part, hi - lo, sc, DOMAIN_ROUNDING, number)
                 _take(new, whole_g[lo:hi], z, bits, inv_scale, sc)
                 if skip is not None:
-                    for t, stepped, written in zip(old, new, _written(sc), strict=True):
-                        if written:
+                    for t, stepped, is_written in zip(old, new, written, strict=True):
+                        if is_written:
                             torch.where(skip, t, stepped, out=t)
 
     def _draw(self, noise: Callable[..., Tensor], place: Place, numel: int, sc: Scalars, domain: int, number: int) -> Tensor:
@@ -114,12 +119,6 @@ class EagerPlan:
 
 
 make_plan = EagerPlan
-
-
-def _written(sc: Scalars) -> tuple[bool, ...]:
-    """Return which of the `_Roles` a step may write."""
-    averages = sc.inner or sc.family == "langevin"
-    return (True, sc.outer, averages, sc.inner, True, sc.outer, False)
 
 
 def _take(piece: _Roles, g: Tensor, z: Tensor, bits: Tensor, inv_scale: Tensor | None, sc: Scalars) -> None:

@@ -5,21 +5,20 @@ A method adds its defaults, its checks, and how the options of a group become th
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from deeprelax_cuda.noise import check_step
-from deeprelax_cuda.optim.launches import Bucket, Plans
-from deeprelax_cuda.optim.options import check_loop_options, resolve_seed, select_backend
+from deeprelax_cuda.optim.buckets import Call, Splits
+from deeprelax_cuda.optim.launches import Launch, Plans
+from deeprelax_cuda.optim.options import check_loop_options, resolve_seed, select_backend, warn_user
 from deeprelax_cuda.optim.scoping import gamma_of
 from deeprelax_cuda.optim.weights import CONTRACT_VERSION, TwoWeights
-from deeprelax_cuda.steps import NARROW, Scalars, compute_type, round_scalar
+from deeprelax_cuda.steps import NARROW, Scalars, check_rounding, round_scalar
 
 #: The optimizer's one counter, the same in every group: inner steps taken, of them in this period, and outer steps taken.
 COUNTERS = ("step", "position", "outer_steps")
@@ -39,6 +38,8 @@ class RelaxationOptimizer(TwoWeights):
         "backend",
         "rounding",
         "master_weights",
+        "closure_mode",
+        "capturable",
         "foreach",
         "fused",
         "differentiable",
@@ -51,19 +52,21 @@ class RelaxationOptimizer(TwoWeights):
         super().__init__(params, {**defaults, "seed": resolve_seed(defaults["seed"])})
         lr = min(float(group["lr"]) for group in self.param_groups)
         if lr < self.SMALLEST_USEFUL_LR:
-            warnings.warn(
+            warn_user(
                 f"lr={lr:g} hardly moves the anchor: lr is the part of the way to the average that each outer step goes, "
-                "0.1 to 1; the step along the gradient is inner_lr",
-                stacklevel=3,
+                "0.1 to 1; the step along the gradient is inner_lr"
             )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:  # options that are younger than the state
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
         self._forget()
 
     def _forget(self) -> None:
         """Set what is neither saved nor copied, and what nothing but speed and the number of warnings depends on."""
-        self._plans = Plans()
+        self._splits, self._plans = Splits(), Plans()
         self._warned_eval = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -113,20 +116,20 @@ class RelaxationOptimizer(TwoWeights):
         for i, group in enumerate(others, 1):
             self._check_shared(first, group, i)
         outer = first["position"] + 1 >= first["inner_steps"]
-        new: dict[Tensor, dict[str, Any]] = {}
-        buckets = self._gather(outer, new)
-        if not any(bucket.inner for bucket in buckets):
+        calls = self._gather(outer)
+        if not any(call.bucket.inner for call in calls):
             return loss
-        if self._is_phantom(buckets):
-            self.state.update(new)
-            return loss
+        launches, completed = self._plans.prepare([(call, self._scalars(call, outer)) for call in calls], self._labels)
 
-        launches = self._plans.prepare([(bucket, self._scalars(bucket, outer)) for bucket in buckets])
-        self.state.update(new)
+        # From here on nothing is refused.
+        phantom = self._is_phantom(launches)
+        self.state.update(completed)
+        if phantom:
+            return loss
         for launch in launches:
             launch.plan.run(launch.grads, launch.scalars)
-        torch.autograd.graph.increment_version([p for bucket in buckets for p in bucket.params])
-        self._count(buckets, outer)
+        torch.autograd.graph.increment_version([p for call in calls for p in call.bucket.params])
+        self._count(calls, outer)
         return loss
 
     @property
@@ -179,79 +182,42 @@ class RelaxationOptimizer(TwoWeights):
     def _warn_eval(self) -> None:
         if not self._warned_eval:
             self._warned_eval = True
-            warnings.warn("step() in eval mode: back to the live weights first; call train() after eval()", stacklevel=5)
+            warn_user("step() in eval mode: back to the live weights first; call train() after eval()")
 
-    def _gather(self, outer: bool, new: dict[Tensor, dict[str, Any]]) -> list[Bucket]:
-        """Return the parameters of a step; state that one has to begin with goes into ``new``, until the step is taken.
+    def _gather(self, outer: bool) -> list[Call]:
+        """Return what a step does to which parameters.
 
         Without a gradient a parameter takes no inner step; the outer step is for all that have state.
         """
-        buckets: dict[Any, Bucket] = {}
-        number = -1
+        calls = []
+        first = 0  # the number of the group's first parameter
+        no_state: dict[str, Any] = {}
         for i, group in enumerate(self.param_groups):
-            roles_of: dict[torch.dtype, list[str]] = {}
-            for p in group["params"]:
-                number += 1
-                grad, state, dtype = p.grad, self.state.get(p), p.dtype
-                if grad is None and (state is None or not outer):
-                    continue
-                if state is None:
-                    self._check_param(number, p, group)
-                    state = new[p] = {}
-                if grad is not None and grad.layout is not torch.strided:
-                    raise ValueError(f"{self._describe(number, p)}: expected a strided gradient, got {grad.layout}")
-                if (roles := roles_of.get(dtype)) is None:
-                    roles = roles_of[dtype] = self._roles(group, dtype)
-                self._complete(state, p, roles)
+            params = group["params"]
+            grads = [p.grad for p in params]
+            states = [self.state.get(p, no_state) for p in params]
+            inner = [grad is not None for grad in grads]
+            plays = [a or bool(state) for a, state in zip(inner, states, strict=True)] if outer else inner
+            counts = [state.get("period_steps", 0) for state in states]
+            for bucket in self._splits.split(i, first, params, inner, plays, counts):
+                roles = self._roles(group, bucket.dtype)
+                own = bucket.pick(states)
+                count = own[0].get("period_steps", 0) + 1 if "period_steps" in roles else 1
+                calls.append(Call(bucket, group, roles, bucket.pick(grads), own, count))
+            first += len(params)
+        return calls
 
-                count = state["period_steps"] + 1 if "period_steps" in roles else 1
-                key = (i, dtype, p.device, grad is not None, count)
-                bucket = buckets.get(key)
-                if bucket is None:
-                    bucket = buckets[key] = Bucket(group, grad is not None, count)
-                bucket.params.append(p)
-                bucket.states.append(state)
-                bucket.numbers.append(number)
-                if grad is not None:
-                    bucket.grads.append(grad)
-        return list(buckets.values())
-
-    def _check_param(self, number: int, p: Tensor, group: dict[str, Any]) -> None:
-        if p.is_complex():
-            raise TypeError(f"{self._describe(number, p)}: expected a real floating dtype, got {p.dtype}")
-        if p.dtype == torch.float16 and group["rounding"] == "stochastic":
-            raise TypeError(f'{self._describe(number, p)}: rounding="stochastic" is for bfloat16, not for {p.dtype}')
-
-    def _describe(self, number: int, p: Tensor) -> str:
-        names = [name for group in self.param_groups for name in group.get("param_names", [""] * len(group["params"]))]
-        return f"params[{number}]{names[number] and ' ' + names[number]} (shape {tuple(p.shape)}, {p.dtype})"
-
-    @staticmethod
-    def _complete(state: dict[str, Any], p: Tensor, roles: list[str]) -> None:
-        """Begin the state that is missing: ``x = m = y``, momentum buffers of zeros."""
-        for role in roles:
-            if role in state:
-                continue
-            if role in ("anchor", "master"):
-                state[role] = p.detach().to(compute_type(p.dtype), copy=True)
-            elif role == "average":
-                state[role] = state["anchor"].clone()
-            elif role == "period_steps":
-                state[role] = 0
-            else:
-                state[role] = torch.zeros_like(state["anchor"])
-
-    def _is_phantom(self, buckets: list[Bucket]) -> bool:
+    def _is_phantom(self, launches: list[Launch]) -> bool:
         """Whether this is the step that checkpoint tools take to have the state allocated: lr 0 and no gradient but zeros."""
-        if self.state or any(float(group["lr"]) != 0.0 for group in self.param_groups):
+        if any(self.state.values()) or any(float(group["lr"]) != 0.0 for group in self.param_groups):
             return False
-        return not any(bool(grad.any()) for bucket in buckets for grad in bucket.grads)
+        return not any(bool(grad.any()) for launch in launches for grad in launch.grads)
 
-    def _scalars(self, bucket: Bucket, outer: bool) -> Scalars:
-        group, dtype = bucket.group, bucket.dtype
+    def _scalars(self, call: Call, outer: bool) -> Scalars:
+        group, dtype = call.group, call.bucket.dtype
         mu_o = round_scalar("momentum", group["momentum"], dtype)
         return Scalars(
-            inner=bucket.inner,
+            inner=call.bucket.inner,
             outer=outer,
             wd=round_scalar("weight_decay", group["weight_decay"], dtype),
             maximize=bool(group["maximize"]),
@@ -261,17 +227,16 @@ class RelaxationOptimizer(TwoWeights):
             nesterov_o=bool(group["nesterov"]) and mu_o != 0.0,
             seed=group["seed"],
             step=check_step(group["step"]),
-            rounding=group["rounding"] if dtype == torch.bfloat16 else "nearest",
-            **self._inner_scalars(group, dtype, bucket.count),
+            rounding=check_rounding(group["rounding"], dtype, "master" in call.roles),
+            **self._inner_scalars(group, dtype, call.count),
         )
 
-    def _count(self, buckets: list[Bucket], outer: bool) -> None:
+    def _count(self, calls: list[Call], outer: bool) -> None:
         """Count the step that has been taken; at the end of a period gamma follows its rule and a new period starts."""
-        for bucket in buckets:
-            if bucket.inner:
-                for state in bucket.states:
-                    if "period_steps" in state:
-                        state["period_steps"] = bucket.count
+        for call in calls:
+            if call.bucket.inner and "period_steps" in call.roles:
+                for state in call.states:
+                    state["period_steps"] = call.count
         for group in self.param_groups:
             group["step"] += 1
             group["position"] += 1

@@ -59,6 +59,8 @@ class EntropySGD(RelaxationOptimizer):
         rounding: how y is rounded to bfloat16 parameters, "nearest" or "stochastic"; float16 ones cannot be rounded
             stochastically, wider ones are not rounded.
         master_weights: keep a float32 y for bfloat16 and float16 parameters, which then hold its rounding.
+        closure_mode: "once": a closure is evaluated once a step; nothing else is available in this version.
+        capturable: must be False in this version.
         foreach: True asks for the eager backend.
         fused: True refuses the eager backend.
         differentiable: must be False.
@@ -97,6 +99,8 @@ class EntropySGD(RelaxationOptimizer):
         backend: str = "auto",
         rounding: Rounding = "nearest",
         master_weights: bool = False,
+        closure_mode: Literal["once"] = "once",
+        capturable: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
         differentiable: bool = False,
@@ -124,6 +128,8 @@ class EntropySGD(RelaxationOptimizer):
             "backend": backend,
             "rounding": rounding,
             "master_weights": master_weights,
+            "closure_mode": closure_mode,
+            "capturable": capturable,
             "foreach": foreach,
             "fused": fused,
             "differentiable": differentiable,

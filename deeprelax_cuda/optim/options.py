@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,6 +45,14 @@ def check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected an int of at least 1, got {count}")
 
 
+def warn_user(message: str) -> None:
+    """Warn at the line that called into this package, whatever wrappers of torch lie between."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("deeprelax_cuda", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
 def check_loop_options(group: dict[str, Any]) -> None:
     """Refuse an option that every method has, in a group that is complete with defaults."""
     check_number("lr", group["lr"], "[0, inf)")
@@ -60,6 +70,10 @@ def check_loop_options(group: dict[str, Any]) -> None:
     check_choice("rounding", group["rounding"], ("nearest", "stochastic"))
     if group["master_weights"] and group["rounding"] == "stochastic":
         raise ValueError('master_weights: master weights and rounding="stochastic" exclude each other')
+    if group["closure_mode"] != "once":
+        raise ValueError(f'closure_mode: {group["closure_mode"]!r} is not available in this version, only "once"')
+    if group["capturable"] is not False:
+        raise ValueError(f"capturable: {group['capturable']!r} is not available in this version, only False")
     if group["differentiable"]:
         raise ValueError("differentiable: expected False, as the step is fused and in place")
     check_backend(group)

@@ -6,6 +6,7 @@ are swapped as exact copies, so that evaluating never changes training.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,14 +31,16 @@ class TwoWeights(Optimizer):
     * "period_steps": an int, where a plain mean needs to know its length.
     """
 
+    # The states of the parameters are replaced, not changed, where they gain or lose a tensor: a `state_dict` shares them.
+
     @torch.no_grad()
     def eval(self) -> None:
         """Let the parameters hold the anchor ``x`` (rounded to nearest where they are narrow); training is not changed."""
         if not self._is_training():
             return
-        for p, state in self._stepped():
-            state["live"] = p.detach().clone()
+        for p, state in [(p, {**state, "live": p.detach().clone()}) for p, state in self._stepped("anchor")]:
             p.copy_(state["anchor"])
+            self.state[p] = state
         self._set_training(False)
 
     @torch.no_grad()
@@ -45,8 +48,9 @@ class TwoWeights(Optimizer):
         """Let the parameters hold the live weights ``y`` again, bit for bit."""
         if self._is_training():
             return
-        for p, state in self._stepped():
-            p.copy_(state.pop("live"))
+        for p, state in self._stepped("live"):
+            p.copy_(state["live"])
+            self.state[p] = {role: value for role, value in state.items() if role != "live"}
         self._set_training(True)
 
     @torch.no_grad()
@@ -55,7 +59,7 @@ class TwoWeights(Optimizer):
 
         A new period starts; momentum buffers are treated as at the end of a period.
         """
-        for p, state in self._stepped():
+        for p, state in self._stepped("anchor"):
             p.copy_(state["anchor"])
             if "live" in state:
                 state["live"].copy_(state["anchor"])
@@ -75,7 +79,7 @@ class TwoWeights(Optimizer):
         A new period starts; momentum buffers are treated as at the end of a period. In eval mode too, what the parameters hold
         are the new live weights.
         """
-        for p, state in self._stepped():
+        for p, state in self._stepped("anchor"):
             for role in ("anchor", "live", "master"):
                 if role in state:
                     state[role].copy_(p)
@@ -88,8 +92,8 @@ class TwoWeights(Optimizer):
         In eval mode the state holds the live weights: load it together with the model's weights and `train` brings them back.
 
         Raises:
-            ValueError: the state of another optimizer, of other shapes, or of another version of the numeric contract. Nothing
-                has been loaded then.
+            ValueError: the state of another optimizer, of other shapes, of another version of the numeric contract, or without
+                the weights that it should hold. Nothing has been loaded then.
         """
         arrived: dict[str, Any] = {}
 
@@ -120,23 +124,43 @@ class TwoWeights(Optimizer):
         if versions != {CONTRACT_VERSION}:
             found = ", ".join(map(str, versions))
             raise ValueError(f"state_dict: expected the state of contract version {CONTRACT_VERSION}, got {found}")
-        for p, values in self._incoming_state(incoming):
+        needed = ["anchor"] if incoming["param_groups"][0]["train_mode"] else ["anchor", "live"]
+        for label, (p, values) in zip(self._labels(), self._incoming_state(incoming), strict=False):
+            for role in needed if values else ():
+                if role not in values:
+                    raise ValueError(f'state_dict, params[{label}]: expected "{role}" in its state, got {", ".join(values)}')
             for key, value in values.items():
                 if isinstance(value, Tensor) and value.shape != p.shape:
                     shapes = f"expected the shape of its parameter, {tuple(p.shape)}, got {tuple(value.shape)}"
-                    raise ValueError(f"state_dict, {key}: {shapes}")
+                    raise ValueError(f"state_dict, {key}[{label}]: {shapes}")
 
     def _incoming_state(self, incoming: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         for ours, theirs in zip(self.param_groups, incoming["param_groups"], strict=False):  # torch refuses other lengths
             for p, key in zip(ours["params"], theirs["params"], strict=False):
                 yield p, incoming["state"].get(key, {})
 
-    def _stepped(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        """Give each parameter that has state, with its state."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p in self.state:
-                    yield p, self.state[p]
+    def _stepped(self, *roles: str) -> list[tuple[Tensor, dict[str, Any]]]:
+        """Return each parameter that has state, with its state, in which all ``roles`` are as they should be.
+
+        An empty state is none: to look at ``optimizer.state[p]`` is enough to make one.
+        """
+        stepped = []
+        params = (p for group in self.param_groups for p in group["params"])
+        for label, p in zip(self._labels() if roles else itertools.repeat(""), params, strict=False):
+            if state := self.state.get(p):
+                for role in roles:
+                    if role not in state or state[role].shape != p.shape:
+                        found = f"one of shape {tuple(state[role].shape)}" if role in state else "none"
+                        raise ValueError(
+                            f"params[{label}]: expected in its state {role} of shape {tuple(p.shape)}, got {found}"
+                        )
+                stepped.append((p, state))
+        return stepped
+
+    def _labels(self) -> list[str]:
+        """Return the name of each parameter in errors: its number, and its own name where it has one."""
+        names = [name for group in self.param_groups for name in group.get("param_names", [""] * len(group["params"]))]
+        return [f"{number} {name}".rstrip() for number, name in enumerate(names)]
 
     def _is_training(self) -> bool:
         return bool(self.param_groups[0]["train_mode"])
@@ -154,4 +178,34 @@ class TwoWeights(Optimizer):
 
     def _restart_average(self, state: dict[str, Any]) -> None:
         """Begin a period's average: at the anchor, where the period begins."""
-        state["average"].copy_(state["anchor"])
+        if "average" in state:
+            state["average"].copy_(state["anchor"])
+
+
+def complete_state(state: dict[str, Any], p: Tensor, roles: list[str]) -> dict[str, Any]:
+    """Return the state of a parameter with all ``roles``, laid out like it: ``state`` itself where it is that already.
+
+    What is missing begins: ``x = m = y``, momentum buffers of zeros. What lies otherwise in memory, since the parameter has
+    been laid out anew, say by ``model.to(memory_format=...)``, is copied. A master that is not asked for goes, because it would
+    not follow ``y``.
+    """
+    whole = {role: _laid_out_like(p, value) for role, value in state.items() if role != "master" or role in roles}
+    for role in roles:
+        if role in whole:
+            continue
+        if role in ("anchor", "master"):
+            whole[role] = p.detach().to(compute_type(p.dtype), copy=True)
+        elif role == "average":
+            whole[role] = whole["anchor"].clone()
+        elif role == "period_steps":
+            whole[role] = 0
+        else:
+            whole[role] = torch.zeros_like(whole["anchor"])
+    unchanged = whole.keys() == state.keys() and all(whole[role] is state[role] for role in whole)
+    return state if unchanged else whole
+
+
+def _laid_out_like(p: Tensor, value: Any) -> Any:
+    if not isinstance(value, Tensor) or value.shape != p.shape or value.stride() == p.stride():
+        return value
+    return torch.empty_like(p, dtype=value.dtype, device=value.device, requires_grad=False).copy_(value)
