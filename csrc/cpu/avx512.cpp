@@ -130,7 +130,7 @@ DR_FN FloatPack stored_as(FloatPack a, const Float16*) {
   return _mm512_cvtph_ps(_mm512_cvtps_ph(a.f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-using BigWord = Twice<Twice<WordPack>>;  // four Philox chains: eight spill
+using BigWord = Twice<Twice<WordPack>>;  // four Philox chains: measured beside two and eight in docs/performance.md
 using SmallWord = WordPack;
 template <class T>
 using Part = Twice<std::conditional_t<std::is_same_v<T, double>, DoublePack, FloatPack>>;
