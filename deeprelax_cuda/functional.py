@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -172,13 +173,15 @@ def langevin_step_(
         _tensors("outer.consensus", None if outer is None else outer.consensus),
         _inv_scale(inv_scale, params),
         _found_inf(found_inf, params),
-        lr=lr,
-        stiffness=stiffness,
-        noise_std=noise_std,
-        averaging=averaging,
-        weight_decay=weight_decay,
-        momentum=momentum,
-        dampening=dampening,
+        **_numbers(
+            lr=lr,
+            stiffness=stiffness,
+            noise_std=noise_std,
+            averaging=averaging,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            dampening=dampening,
+        ),
         nesterov=nesterov,
         coupling_in_momentum=coupling_in_momentum,
         maximize=maximize,
@@ -243,10 +246,7 @@ def gradient_average_step_(
         _tensors("outer.consensus", None if outer is None else outer.consensus),
         _inv_scale(inv_scale, params),
         _found_inf(found_inf, params),
-        averaging=averaging,
-        drift=drift,
-        noise_std=noise_std,
-        weight_decay=weight_decay,
+        **_numbers(averaging=averaging, drift=drift, noise_std=noise_std, weight_decay=weight_decay),
         maximize=maximize,
         **_outer_scalars(outer),
         **_noise(params, seed, step, streams, places),
@@ -320,12 +320,14 @@ def outer_step_(
         _tensors("masters", masters),
         _tensors("consensus", consensus),
         _found_inf(found_inf, params),
-        lr=lr,
-        momentum=momentum,
+        **_numbers(
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            replica_stiffness=replica_stiffness,
+            noise_std=noise_std,
+        ),
         nesterov=nesterov,
-        weight_decay=weight_decay,
-        replica_stiffness=replica_stiffness,
-        noise_std=noise_std,
         **_noise(params, seed, step, streams, places),
         rounding=rounding,
         backend=backend,
@@ -368,17 +370,27 @@ def _found_inf(found: float | Tensor | None, params: Sequence[Tensor]) -> Tensor
     return (found if found.dtype == torch.float32 else found != 0).to(device, torch.float32)
 
 
+def _numbers(**scalars: float) -> dict[str, float]:
+    """Return the scalars, refusing one that is not a number in one line; those of a trace are left as they are."""
+    if torch.compiler.is_compiling():
+        return scalars
+    for name, value in scalars.items():
+        if not (isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)):
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+        scalars[name] = float(value)
+    return scalars
+
+
 def _outer_scalars(outer: OuterStep | None) -> dict[str, float]:
     if outer is None:
         return {}
-    return {
-        "outer": True,
-        "outer_lr": outer.lr,
-        "outer_momentum": outer.momentum,
-        "outer_nesterov": outer.nesterov,
-        "outer_weight_decay": outer.weight_decay,
-        "replica_stiffness": outer.replica_stiffness,
-    }
+    numbers = _numbers(
+        outer_lr=outer.lr,
+        outer_momentum=outer.momentum,
+        outer_weight_decay=outer.weight_decay,
+        replica_stiffness=outer.replica_stiffness,
+    )
+    return {"outer": True, "outer_nesterov": outer.nesterov, **numbers}
 
 
 def _noise(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from step_lists import (
@@ -225,6 +227,15 @@ def test_wide_parameters_ignore_masters_and_stochastic_rounding(dtype):
     langevin(twin)
     assert same(lists, twin)
     assert all(map(torch.equal, masters, kept))
+
+
+def test_numbers_of_other_libraries_do():
+    torch.manual_seed(0)
+    lists = Lists.of()
+    other = lists.clone()
+    langevin(lists, lr=np.float32(0.5), averaging=torch.tensor(0.25), stiffness=Fraction(1, 4))
+    langevin(other, lr=0.5, averaging=0.25, stiffness=0.25)
+    assert same(lists, other)
 
 
 def test_tuples_do_for_lists():

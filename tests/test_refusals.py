@@ -283,6 +283,10 @@ WRONG: list[tuple[tuple[str, ...], Callable[[Lists], dict], type[Exception], str
     (INNER, saying(outer=OuterStep(lr=0.1), anchors=None), ValueError, "anchors: expected 4 of them, one a parameter"),
     (INNER, saying(outer=OuterStep(lr=0.1, momentum=0.5)), ValueError, "outer_momenta: expected 4 of them, one a parameter"),
     # numbers
+    (("langevin", "outer"), saying(lr="0.1"), TypeError, "lr: expected a number, got str"),
+    (("langevin",), saying(averaging=None), TypeError, "averaging: expected a number, got NoneType"),
+    (("gradient average",), saying(drift=torch.ones(2)), TypeError, "drift: expected a number, got Tensor"),
+    (INNER, saying(outer=OuterStep(lr=[0.1])), TypeError, "outer_lr: expected a number, got list"),  # type: ignore[arg-type]
     *(
         (("langevin",), saying(**{key: math.nan}), ValueError, f"{key}: expected a number that is finite")
         for key in ("lr", "stiffness")
