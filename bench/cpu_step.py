@@ -10,19 +10,17 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from deeprelax_cuda.bench.machine import machine
 from torch import Tensor
 
 import deeprelax_cuda as dr
-from deeprelax_cuda.backends import cpu
 
 ETA, K, S, A = 0.1, 0.01, 1e-3, 0.25
 Step = Callable[[Tensor, Tensor, Tensor, Tensor], object]
@@ -108,21 +106,6 @@ def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
         "noise / fastest contender": rows[FUSED]["elements_per_s"] / max(rows[name]["elements_per_s"] for name in rivals),
         "noise / noise-free": rows[FUSED]["elements_per_s"] / rows[NOISE_FREE]["elements_per_s"],
         "noise-free bandwidth / torch.add": rows[NOISE_FREE]["bytes_per_s"] / rows[COPY]["bytes_per_s"],
-    }
-
-
-def machine() -> dict[str, Any]:
-    """Return what the figures depend on."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    info = Path("/proc/cpuinfo")
-    models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return {
-        "processor": models[0] if models else platform.processor(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "deeprelax_cuda": dr.__version__,
-        "build": cpu.build_info(),
-        "commit": commit.stdout.strip() or None,
     }
 
 

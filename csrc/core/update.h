@@ -42,11 +42,11 @@ struct Scalars {
   // Which roles a call reads and writes; y is always written.
   DR_FN bool langevin() const { return family == Family::langevin; }
   DR_FN bool reads_y() const { return inner && (langevin() || wd != T(0)); }
-  DR_FN bool reads_x() const { return outer || (inner && (langevin() ? k != T(0) : true)); }
-  DR_FN bool reads_m() const {
-    return (outer && !inner) || (inner && (outer || (a != T(0) && a != T(1)) || (!langevin() && a == T(0) && c != T(0))));
+  DR_FN bool reads_x() const { return outer || (inner && (!langevin() || k != T(0))); }
+  DR_FN bool reads_m() const {  // a == 1 forgets the old average
+    return outer || (inner && ((a != T(0) && a != T(1)) || (!langevin() && a == T(0) && c != T(0))));
   }
-  DR_FN bool writes_m() const { return langevin() ? outer || (inner && a != T(0)) : inner && a != T(0); }
+  DR_FN bool writes_m() const { return (inner && a != T(0)) || (outer && langevin()); }
   DR_FN bool has_v() const { return inner && langevin() && mu != T(0); }
   DR_FN bool has_w() const { return outer && mu_o != T(0); }
   DR_FN bool reads_c() const { return outer && kr != T(0); }

@@ -6,7 +6,7 @@
 //
 // The including file defines, in an anonymous namespace of deeprelax::cpu, the packs of its instruction set and
 //   BigWord, SmallWord       the bundles of counters a block is made of, in a tensor's body and at its ends
-//   Part<float>, Part<double>  the lane types of the update, small enough that all roles of a part stay in registers
+//   Part<float>, Part<double>  the lane types of the update: a few packs, so that a part's roles fit the registers together
 #pragma once
 
 #include <type_traits>
@@ -95,10 +95,10 @@ DR_FN void take_block(const Scalars<typename ComputeType<Stored>::type>& h, cons
                       uint32_t q, uint32_t q_high) {
   using T = typename ComputeType<Stored>::type;
   using V = Part<T>;
+  auto draw = [&](uint32_t stream) DR_INLINE_LAMBDA { return philox4x32<Word>(noise.key, q, q_high, noise.step, stream); };
   auto z = [&] {
-    using Z = decltype(normals(philox4x32<Word>(noise.key, q, q_high, noise.step, noise.number)));
-    Z normal(0.0f);
-    if (noise.normals) normal = normals(philox4x32<Word>(noise.key, q, q_high, noise.step, noise.number));
+    decltype(normals(draw(0))) normal(0.0f);
+    if (noise.normals) normal = normals(draw(noise.number));
     if constexpr (std::is_same_v<T, double>) {
       return widen(normal);
     } else {
@@ -107,11 +107,8 @@ DR_FN void take_block(const Scalars<typename ComputeType<Stored>::type>& h, cons
   }();
   auto words = [&] {
     if constexpr (std::is_same_v<Stored, BFloat16>) {
-      using U = decltype(words_in_order(philox4x32<Word>(noise.key, q, q_high, noise.step, noise.number)));
-      U random(0u);
-      if (noise.words) {
-        random = words_in_order(philox4x32<Word>(noise.key, q, q_high, noise.step, noise.number | kDomainRounding));
-      }
+      decltype(words_in_order(draw(0))) random(0u);
+      if (noise.words) random = words_in_order(draw(noise.number | kDomainRounding));
       return random;
     } else {
       return NoWords{};

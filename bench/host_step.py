@@ -1,0 +1,78 @@
+"""The host's time of a step on many tiny tensors: EntropySGD beside torch.optim.SGD, interleaved, ratios of medians.
+
+The tensors are so small that nearly all of a step is finding them and checking them. Gradients are either the same tensors at
+each step, or new ones, as ``zero_grad(set_to_none=True)`` leaves them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from deeprelax_cuda.bench.machine import machine
+from torch.optim import Optimizer
+
+import deeprelax_cuda as dr
+
+OURS, THEIRS = "EntropySGD", "SGD, fused"
+
+
+def optimizers(count: int, numel: int) -> dict[str, Optimizer]:
+    """Return the contenders, each with parameters of its own."""
+
+    def params() -> list[torch.nn.Parameter]:
+        return [torch.nn.Parameter(torch.ones(numel)) for _ in range(count)]
+
+    return {
+        OURS: dr.EntropySGD(params(), temperature=0.0, seed=0),
+        f"{OURS}, noise": dr.EntropySGD(params(), temperature=1e-8, seed=0),
+        THEIRS: torch.optim.SGD(params(), lr=0.1, momentum=0.9, fused=True),
+        "SGD, foreach": torch.optim.SGD(params(), lr=0.1, momentum=0.9, foreach=True),
+    }
+
+
+def measure(count: int, numel: int, rounds: int, new_grads: bool) -> dict[str, float]:
+    """Return the median seconds of a step of each contender."""
+    contenders = optimizers(count, numel)
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for round_ in range(rounds + 3):
+        for name, optimizer in contenders.items():
+            if new_grads or round_ == 0:
+                for p in optimizer.param_groups[0]["params"]:
+                    p.grad = torch.full_like(p, 1e-3)
+            start = time.perf_counter()
+            optimizer.step()
+            if round_ >= 3:  # the first rounds make state and plans
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def main() -> None:
+    """Measure, print the table and the ratios, keep them as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--count", type=int, default=1000, help="tensors (default 1000)")
+    parser.add_argument("--numel", type=int, default=4, help="elements of each (default 4)")
+    parser.add_argument("--rounds", type=int, default=101, help="timed rounds (default 101)")
+    parser.add_argument("--threads", type=int, default=1, help="torch.set_num_threads (default 1)")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rows = {
+        kind: measure(options.count, options.numel, options.rounds, new_grads)
+        for kind, new_grads in (("the same gradients", False), ("new gradients", True))
+    }
+    for kind, medians in rows.items():
+        for name, median in medians.items():
+            print(f"{kind:20} {name:20} {1e3 * median:7.2f} ms {median / medians[THEIRS]:6.2f} of {THEIRS}")
+    if options.out:
+        settings = {name: getattr(options, name) for name in ("count", "numel", "rounds", "threads")}
+        result = {"machine": machine(), "settings": settings, "median_s": rows}
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
