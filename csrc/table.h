@@ -1,7 +1,6 @@
 // Which tensors a launch covers, and which part of them each worker takes.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 #include "deeprelax/deeprelax.h"
@@ -19,12 +18,13 @@ inline int64_t total_cost(const Tensor* tensors, int64_t count) {
   return cost;
 }
 
-// Calls visit(tensor, begin, end) for each range of elements in the share-th of `shares` near-equal parts of the table. The
-// shares are disjoint and cover everything.
+// Calls visit(t, begin, end) for each range of elements, of tensor number t, in the share-th of `shares` near-equal parts of
+// the table. The shares are disjoint and cover everything.
 template <class Visit>
-void visit_share(const Tensor* tensors, int64_t count, int64_t cost, int share, int shares, Visit visit) {
-  const int64_t first = cost / shares * share + std::min<int64_t>(cost % shares, share);
-  const int64_t last = cost / shares * (share + 1) + std::min<int64_t>(cost % shares, share + 1);
+void visit_share(const Tensor* tensors, int64_t count, int64_t cost, int share, int shares, const Visit& visit) {
+  const int64_t more = cost % shares;  // shares that are larger by one
+  const int64_t first = cost / shares * share + (share < more ? share : more);
+  const int64_t last = first + cost / shares + (share < more);
   int64_t start = 0;  // cost of the tensors before this one
   for (int64_t t = 0; t < count && start < last; ++t) {
     const int64_t numel = tensors[t].numel;
@@ -33,7 +33,7 @@ void visit_share(const Tensor* tensors, int64_t count, int64_t cost, int share, 
       return elements <= 0 ? int64_t(0) : elements >= numel ? numel : elements / kCut * kCut;
     };
     const int64_t begin = cut(first), end = cut(last);
-    if (begin < end) visit(tensors[t], begin, end);
+    if (begin < end) visit(t, begin, end);
     start += numel + kTensorCost;
   }
 }

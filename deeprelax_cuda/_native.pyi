@@ -1,5 +1,8 @@
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
+from typing import Any
+
+from torch import Tensor
 
 class Dtype(Enum):
     float32 = ...
@@ -54,7 +57,19 @@ class Table:
         outer_momenta: Sequence[int],
         consensus: Sequence[int],
     ) -> None: ...
-    def run(self, grads: Sequence[int], step: Step, inv_scale: int, found_inf: int, threads: int) -> None: ...
+    def run(self, grads: bytes, step: Step, inv_scale: int, found_inf: int, threads: int) -> None: ...
+
+class Watch:
+    def __init__(
+        self,
+        exchange: object,
+        groups: Sequence[list[Tensor]],
+        state: Mapping[Tensor, Mapping[str, Any]],
+        written: Sequence[Tensor],
+    ) -> None: ...
+    def look(
+        self, groups: Sequence[list[Tensor]], state: Mapping[Tensor, Mapping[str, Any]]
+    ) -> tuple[list[Tensor | None], bool, bytes] | None: ...
 
 def gaussian(out: int, numel: int, seed: int, step: int, stream: int, offset: int, threads: int) -> None: ...
 def instruction_set() -> str: ...

@@ -6,6 +6,7 @@ number once to the compute type, so that every backend computes with the very sa
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,11 @@ def compute_type(dtype: torch.dtype) -> torch.dtype:
 def round_scalar(name: str, value: float, dtype: torch.dtype) -> float:
     """Round a binary64 scalar once, to nearest even, to the compute type of ``dtype``; refuse it if it is not finite there."""
     value = float(value)
+    return _round(name, value, dtype) if value else value  # the cache could not tell 0 from -0
+
+
+@functools.lru_cache(maxsize=256)
+def _round(name: str, value: float, dtype: torch.dtype) -> float:
     if compute_type(dtype) == torch.float32:
         try:
             value = struct.unpack("f", struct.pack("f", value))[0]
@@ -174,10 +180,16 @@ class Plan(Protocol):
     def __init__(self, tensors: Tensors) -> None: ...
 
     def run(
-        self, grads: Sequence[Tensor], scalars: Scalars, inv_scale: Tensor | None = None, found_inf: Tensor | None = None
+        self,
+        grads: Sequence[Tensor],
+        scalars: Scalars,
+        inv_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        addresses: bytes | None = None,
     ) -> None:
         """Take the step in place, or nothing at all where ``found_inf`` holds a number other than 0.
 
         ``grads`` are ``g`` of the formula, in the parameters' type and layout; empty where ``scalars.inner`` is off.
         ``inv_scale`` and ``found_inf`` are one-element tensors on the parameters' device, of the compute type and of float32.
+        ``addresses`` are those of the gradients as the bytes of an ``array("Q")``, from a caller who has them at hand.
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import warnings
 import weakref
@@ -39,6 +40,67 @@ def test_closure_is_evaluated_once_and_hooks_fire_once(make: Callable[..., Entro
         assert calls == ["pre", "closure", "post"]
         assert torch.equal(returned, loss)
     assert_equal(snapshot(other, closed), snapshot(model, optimizer))
+
+
+def test_closure_mode_inner_loop_takes_a_period_a_call(make: Callable[..., EntropySGD]) -> None:
+    (model, optimizer), other = ((m := small_model(), make(m.parameters()))), small_model()
+    looping = make(other.parameters(), closure_mode="inner_loop")
+    calls: list[str] = []
+    looping.register_step_pre_hook(lambda *_: calls.append("pre"))
+    looping.register_step_post_hook(lambda *_: calls.append("post"))
+    minibatch = itertools.count()
+    for period in range(3):
+        losses = []
+        for step in range(period * L, (period + 1) * L):
+            losses.append(backward(model, step))
+            optimizer.step()
+        calls.clear()
+        returned = looping.step(lambda: (calls.append("closure"), backward(other, next(minibatch)))[1])
+        assert calls == ["pre", *["closure"] * L, "post"]
+        assert torch.equal(returned, losses[0]), "the loss at the anchor, where the period begins"
+        assert looping.at_outer_boundary
+        assert_equal(snapshot(other, looping), snapshot(model, optimizer))
+
+
+def test_closure_mode_inner_loop_goes_on_where_it_broke_off(make: Callable[..., EntropySGD]) -> None:
+    (model, optimizer), other = ((m := small_model(), make(m.parameters()))), small_model()
+    looping = make(other.parameters(), closure_mode="inner_loop")
+    minibatches = iter(range(2 * L))
+
+    def closure(break_at: int | None = None) -> torch.Tensor:
+        if (step := next(minibatches)) == break_at:
+            raise KeyboardInterrupt
+        return backward(other, step)
+
+    with pytest.raises(KeyboardInterrupt):
+        looping.step(lambda: closure(break_at=1))
+    assert looping.stats()["period_steps"] == 1
+    minibatches = iter(range(1, 2 * L))
+    looping.step(closure)
+    assert looping.stats() == {"steps": L, "period_steps": 0, "outer_steps": 1}
+    walk(model, optimizer, range(L))
+    assert_equal(snapshot(other, looping), snapshot(model, optimizer))
+
+
+def test_closure_mode_inner_loop_needs_a_closure(make: Callable[..., EntropySGD]) -> None:
+    """Also where a GradScaler calls; but the phantom step of checkpoint tools passes none."""
+    model = small_model()
+    optimizer = make(model.parameters(), closure_mode="inner_loop")
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.1
+    assert len(optimizer.state) == len(list(model.parameters()))
+    before = snapshot(model, optimizer)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(backward(model, 0).detach().requires_grad_()).backward()
+    for step in (optimizer.step, lambda: scaler.step(optimizer)):
+        with pytest.raises(ValueError, match=r"^closure: .*GradScaler"):
+            step()
+    assert_equal(snapshot(model, optimizer), before)
+    optimizer.step(model.zero_grad)  # a closure that leaves no gradients: no step, and no end of them either
+    assert optimizer.stats()["steps"] == 0
 
 
 @pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)], ids=["number", "tensor"])
@@ -321,7 +383,7 @@ def test_fused_refuses_eager_at_the_step(make: Callable[..., EntropySGD], monkey
         ("rounding", "up"),
         ("differentiable", True),
         ("capturable", True),
-        *[("closure_mode", v) for v in ("inner_loop", None)],
+        *[("closure_mode", v) for v in ("twice", None)],
         ("foreach", "yes"),
     ],
 )

@@ -162,6 +162,40 @@ def test_step_in_eval_mode_returns_to_train_mode_with_one_warning(make: Callable
     assert_equal(snapshot(other, evaluated), snapshot(model, optimizer))
 
 
+def test_step_that_is_none_stays_in_eval_mode(make: Callable[..., EntropySGD]) -> None:
+    """A refused one, one without gradients, and the phantom step, which allocates the live weights too."""
+    model = small_model()
+    optimizer = make(model.parameters())
+    optimizer.eval()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    assert all("live" in optimizer.state[p] for p in model.parameters())
+    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer.train()
+    walk(model, optimizer, range(2))
+    optimizer.eval()
+    before = snapshot(model, optimizer)
+    model.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    assert_equal(snapshot(model, optimizer), before)
+    backward(model, 2)
+    next(model.parameters()).grad = torch.zeros(5, 4).to_sparse()
+    with pytest.raises(ValueError, match=r"^grads\[0\]"):
+        optimizer.step()
+    assert_equal(snapshot(model, optimizer), before)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(interrupted)
+    assert_equal(snapshot(model, optimizer), before)
+
+
+def interrupted() -> float:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("in_eval", [False, True], ids=["train", "eval"])
 @pytest.mark.parametrize("name", ["consolidate_", "sync_lookahead"])
 def test_consolidating_goes_on_from_the_anchor(

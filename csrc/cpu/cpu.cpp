@@ -56,15 +56,12 @@ void share_out(int shares, const Work& work) {
 
 }  // namespace
 
-void step(Dtype dtype, const Tensor* tensors, int64_t count, const Step& step, int threads) {
+void step(Dtype dtype, const Tensor* tensors, int64_t count, const Step& step, int threads, const void* const* grads) {
   if (step.found_inf && *step.found_inf != 0.0f) return;
   const auto kernel = chosen().load()->step[static_cast<int>(dtype)];
-  const int64_t cost = total_cost(tensors, count);
-  const int shares = shares_of(cost, threads);
-  share_out(shares, [&](int share) {
-    visit_share(tensors, count, cost, share, shares,
-                [&](const Tensor& tensor, int64_t begin, int64_t end) { kernel(tensor, begin, end, step); });
-  });
+  const Work work{tensors, grads, count, total_cost(tensors, count)};
+  const int shares = shares_of(work.cost, threads);
+  share_out(shares, [&](int share) { kernel(work, step, share, shares); });
 }
 
 void gaussian(float* out, int64_t numel, uint64_t seed, uint32_t step, uint32_t stream, int64_t offset, int threads) {
@@ -74,7 +71,7 @@ void gaussian(float* out, int64_t numel, uint64_t seed, uint32_t step, uint32_t 
   const int64_t cost = total_cost(&whole, 1);
   const int shares = shares_of(cost, threads);
   share_out(shares, [&](int share) {
-    visit_share(&whole, 1, cost, share, shares, [&](const Tensor&, int64_t begin, int64_t end) {
+    visit_share(&whole, 1, cost, share, shares, [&](int64_t, int64_t begin, int64_t end) {
       kernel(out + begin, end - begin, seed, step, stream, offset + begin);
     });
   });

@@ -5,10 +5,17 @@
 
 namespace deeprelax::cpu {
 
+// A call: its tensors, and their gradients where these are not in the table.
+struct Work {
+  const Tensor* tensors;
+  const void* const* grads;
+  int64_t count, cost;
+};
+
 struct Kernels {
   const char* name;
-  // Takes the step on elements begin .. end of one tensor; indexed by Dtype.
-  void (*step[4])(const Tensor& tensor, int64_t begin, int64_t end, const Step& step);
+  // Takes the step on the share-th of `shares` parts of the work; indexed by Dtype.
+  void (*step[4])(const Work& work, const Step& step, int share, int shares);
   void (*gaussian)(float* out, int64_t numel, uint64_t seed, uint32_t step, uint32_t stream, int64_t offset);
 };
 

@@ -14,6 +14,7 @@
 #include "../core/gaussian.h"
 #include "../core/rounding.h"
 #include "../core/update.h"
+#include "../table.h"
 #include "kernels.h"
 
 namespace deeprelax::cpu {
@@ -43,11 +44,9 @@ struct Pointers {
     return p ? p + n : nullptr;
   }
 
-  static Pointers of(const Tensor& t) {
-    return {static_cast<Stored*>(t.y),  static_cast<const Stored*>(t.g),
-            static_cast<T*>(t.x),       static_cast<T*>(t.m),
-            static_cast<T*>(t.v),       static_cast<T*>(t.w),
-            static_cast<const T*>(t.c), static_cast<T*>(t.master)};
+  static Pointers of(const Tensor& t, const void* g) {
+    return {static_cast<Stored*>(t.y), static_cast<const Stored*>(g), static_cast<T*>(t.x),       static_cast<T*>(t.m),
+            static_cast<T*>(t.v),      static_cast<T*>(t.w),          static_cast<const T*>(t.c), static_cast<T*>(t.master)};
   }
 
   Pointers operator+(int64_t n) const {
@@ -172,10 +171,12 @@ __attribute__((noinline)) void take_ragged(const Scalars<typename ComputeType<St
                                            const Noise& noise, uint32_t q, uint32_t q_high, int lane, int64_t n) {
   using T = typename ComputeType<Stored>::type;
   constexpr int64_t size = kBlock<Word>;
-  Stored y[size] = {}, g[size] = {};
-  T x[size] = {}, m[size] = {}, v[size] = {}, w[size] = {}, c[size] = {}, master[size] = {};
+  Stored y[size], g[size];
+  T x[size], m[size], v[size], w[size], c[size], master[size];
   auto in = [&](auto* buffer, const auto* from) {
-    if (from) copy(buffer + lane, from, n);
+    if (!from) return;
+    for (int64_t i = 0; i < size; ++i) buffer[i] = {};  // what is left over from before may be slow to compute with
+    copy(buffer + lane, from, n);
   };
   auto out = [&](const auto* buffer, auto* to) {
     if (to) copy(to, buffer + lane, n);
@@ -211,13 +212,8 @@ void walk(int64_t i, int64_t n, const Blocks& blocks, const Ragged& ragged) {
 }
 
 template <class Stored>
-void take_range(const Tensor& tensor, int64_t begin, int64_t end, const Step& step) {
-  using T = typename ComputeType<Stored>::type;
-  const Scalars<T> h(step);
-  const bool stochastic = std::is_same_v<Stored, BFloat16> && step.rounding == Rounding::stochastic;
-  const Noise noise{Key(step.seed), step.step, tensor.number, h.noisy(), stochastic};
-  const auto all = Pointers<Stored>::of(tensor);
-  const Place place = tensor.place;
+void take_range(const Scalars<typename ComputeType<Stored>::type>& h, const Noise& noise, const Pointers<Stored>& all,
+                const Place& place, int64_t begin, int64_t end) {
   const bool placed = noise.normals || noise.words;  // without noise all places are alike
   for (int64_t j = begin, n; j < end; j += n) {
     n = placed ? least(end - j, place.run - j % place.run) : end - j;
@@ -232,6 +228,27 @@ void take_range(const Tensor& tensor, int64_t begin, int64_t end, const Step& st
           take_ragged<SmallWord>(h, at + done, noise, q, q_high, lane, part);
         });
   }
+}
+
+template <class Stored>
+void take_share(const Work& work, const Step& step, int share, int shares) {
+  const Scalars<typename ComputeType<Stored>::type> h(step);
+  const bool stochastic = std::is_same_v<Stored, BFloat16> && step.rounding == Rounding::stochastic;
+  Noise noise{Key(step.seed), step.step, 0, h.noisy(), stochastic};
+  auto gradient = [&](int64_t t) { return work.grads ? work.grads[t] : work.tensors[t].g; };
+  visit_share(work.tensors, work.count, work.cost, share, shares, [&](int64_t t, int64_t begin, int64_t end) {
+    // The heads of tensors to come: small tensors lie all over memory, where no hardware expects them.
+    if (const int64_t ahead = t + 4; ahead < work.count) {
+      const Tensor& next = work.tensors[ahead];
+      const void* const roles[] = {next.y, gradient(ahead), next.x, next.m, next.v};
+      for (const void* role : roles) {
+        __builtin_prefetch(role);
+      }
+    }
+    const Tensor& tensor = work.tensors[t];
+    noise.number = tensor.number;
+    take_range<Stored>(h, noise, Pointers<Stored>::of(tensor, gradient(t)), tensor.place, begin, end);
+  });
 }
 
 inline void fill_gaussian(float* out, int64_t numel, uint64_t seed, uint32_t step, uint32_t stream, int64_t offset) {
@@ -253,7 +270,7 @@ inline void fill_gaussian(float* out, int64_t numel, uint64_t seed, uint32_t ste
 }
 
 constexpr Kernels kernels_of(const char* name) {
-  return {name, {take_range<float>, take_range<double>, take_range<BFloat16>, take_range<Float16>}, fill_gaussian};
+  return {name, {take_share<float>, take_share<double>, take_share<BFloat16>, take_share<Float16>}, fill_gaussian};
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "deeprelax/deeprelax.h"
+#include "watch.h"
 
 namespace py = pybind11;
 using namespace deeprelax;
@@ -39,16 +40,15 @@ class Table {
     }
   }
 
-  // Works on a copy of the table: two threads may run one plan, and no gradient's address outlives the call.
-  void run(const Addresses& grads, Step step, uintptr_t inv_scale, uintptr_t found_inf, int threads) const {
-    if (grads.size() != (step.inner ? tensors_.size() : 0))
-      throw std::invalid_argument("grads: one per tensor of an inner step");
-    std::vector<Tensor> tensors = tensors_;
-    for (size_t i = 0; i < grads.size(); ++i) tensors[i].g = reinterpret_cast<const void*>(grads[i]);
+  // `grads`: the addresses of the gradients, as the bytes of an array of uintptr_t.
+  void run(const py::bytes& grads, Step step, uintptr_t inv_scale, uintptr_t found_inf, int threads) const {
+    if (static_cast<size_t>(PyBytes_GET_SIZE(grads.ptr())) != (step.inner ? tensors_.size() * sizeof(uintptr_t) : 0))
+      throw std::invalid_argument("grads: one address per tensor of an inner step");
     step.inv_scale = reinterpret_cast<const void*>(inv_scale);
     step.found_inf = reinterpret_cast<const float*>(found_inf);
+    const auto* addresses = step.inner ? reinterpret_cast<const void* const*>(PyBytes_AS_STRING(grads.ptr())) : nullptr;
     py::gil_scoped_release release;
-    cpu::step(dtype_, tensors.data(), static_cast<int64_t>(tensors.size()), step, threads);
+    cpu::step(dtype_, tensors_.data(), static_cast<int64_t>(tensors_.size()), step, threads, addresses);
   }
 
  private:
@@ -89,6 +89,9 @@ PYBIND11_MODULE(_native, m) {
                     const std::vector<std::array<int64_t, 3>>&, const Addresses&, const Addresses&, const Addresses&,
                     const Addresses&, const Addresses&, const Addresses&, const Addresses&>())
       .def("run", &Table::run);
+  py::class_<Watch>(m, "Watch")
+      .def(py::init<const py::object&, const py::list&, const py::dict&, const py::list&>())
+      .def("look", &Watch::look);
   m.def("gaussian",
         [](uintptr_t out, int64_t numel, uint64_t seed, uint32_t step, uint32_t stream, int64_t offset, int threads) {
           py::gil_scoped_release release;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -9,15 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deeprelax_cuda.native import missing
+from deeprelax_cuda.native import module as _native
 from deeprelax_cuda.steps import STORED, Scalars, Tensors
-
-try:
-    from deeprelax_cuda import _native
-except ImportError as error:  # not built, or built for another Python: kept, and said when somebody asks
-    _native = None  # type: ignore[assignment]
-    _import_error: str | None = str(error)
-else:
-    _import_error = None
 
 NAME = "cpu"
 
@@ -31,8 +26,8 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"the cpu backend serves CPU tensors, not {device.type}"
     if dtype not in STORED:
         return f"the cpu backend has no {dtype}"
-    if _import_error is not None:
-        return f"the native module was not built or does not load: {_import_error}"
+    if missing is not None:
+        return f"the native module was not built or does not load: {missing}"
     return None
 
 
@@ -61,7 +56,12 @@ class CpuPlan:
             )
 
     def run(
-        self, grads: Sequence[Tensor], scalars: Scalars, inv_scale: Tensor | None = None, found_inf: Tensor | None = None
+        self,
+        grads: Sequence[Tensor],
+        scalars: Scalars,
+        inv_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        addresses: bytes | None = None,
     ) -> None:
         """Take the step; see `deeprelax_cuda.steps.Plan`."""
         if self._table is None:
@@ -72,7 +72,7 @@ class CpuPlan:
         step.family = getattr(_native.Family, scalars.family)
         step.rounding = getattr(_native.Rounding, scalars.rounding)
         self._table.run(
-            [g.data_ptr() for g in grads],
+            array("Q", map(Tensor.data_ptr, grads)).tobytes() if addresses is None else addresses,
             step,
             0 if inv_scale is None else inv_scale.data_ptr(),
             0 if found_inf is None else found_inf.data_ptr(),

@@ -82,7 +82,12 @@ class EagerPlan:
 
     @torch.no_grad()
     def run(
-        self, grads: Sequence[Tensor], scalars: Scalars, inv_scale: Tensor | None = None, found_inf: Tensor | None = None
+        self,
+        grads: Sequence[Tensor],
+        scalars: Scalars,
+        inv_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        addresses: bytes | None = None,
     ) -> None:
         """Take the step in place, or nothing at all where ``found_inf`` holds a number other than 0.
 

@@ -13,8 +13,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from deeprelax_cuda.noise import check_step
-from deeprelax_cuda.optim.buckets import Call, Splits
-from deeprelax_cuda.optim.launches import Launch, Plans
+from deeprelax_cuda.optim.launches import Call, Launch, Launches, Needs
 from deeprelax_cuda.optim.options import check_loop_options, resolve_seed, select_backend, warn_user
 from deeprelax_cuda.optim.scoping import gamma_of
 from deeprelax_cuda.optim.weights import CONTRACT_VERSION, TwoWeights
@@ -66,7 +65,7 @@ class RelaxationOptimizer(TwoWeights):
 
     def _forget(self) -> None:
         """Set what is neither saved nor copied, and what nothing but speed and the number of warnings depends on."""
-        self._splits, self._plans = Splits(), Plans()
+        self._launches = Launches()
         self._warned_eval = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -95,42 +94,61 @@ class RelaxationOptimizer(TwoWeights):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take one inner step on the gradients in ``.grad``; every ``inner_steps``-th call moves the anchor too.
 
+        With ``closure_mode="inner_loop"`` a call takes all inner steps up to the next move of the anchor instead, on the
+        gradients of the closure, which is evaluated before each of them.
+
         Args:
-            closure: computes the loss and its gradients; evaluated once.
+            closure: computes the loss and its gradients; evaluated once, or once an inner step.
 
         Returns:
-            What the closure returned.
+            What the closure returned, at its first evaluation.
 
         Raises:
             TypeError, ValueError, RuntimeError: a tensor or an option that cannot be served, by name. No step is taken then.
         """
-        if not self._is_training():
-            self._warn_eval()
-            self.train()
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loops = self.param_groups[0]["closure_mode"] == "inner_loop"
+        if loops and closure is None and not self._is_untouched():
+            raise ValueError(
+                'closure: closure_mode="inner_loop" takes the inner steps of a period in one step(closure), got none; '
+                'a GradScaler, which passes none, needs closure_mode="once"'
+            )
+        from_eval, taken = not self._is_training(), False
+        self.train()
+        try:
+            loss = _evaluate(closure)
+            taken = self._take_step(from_eval)
+            while loops and closure is not None and taken and not self.at_outer_boundary:
+                _evaluate(closure)
+                if not self._take_step(False):
+                    break
+        finally:
+            if from_eval and not taken:
+                self.eval()
+        return loss
 
+    def _take_step(self, from_eval: bool) -> bool:
+        """Take one inner step, and the outer one at the end of a period; return whether there was a step to take."""
         first, *others = self.param_groups
         for i, group in enumerate(others, 1):
             self._check_shared(first, group, i)
         outer = first["position"] + 1 >= first["inner_steps"]
-        calls = self._gather(outer)
-        if not any(call.bucket.inner for call in calls):
-            return loss
-        launches, completed = self._plans.prepare([(call, self._scalars(call, outer)) for call in calls], self._labels)
+        launches = self._launches.prepare(self.param_groups, self.state, outer, self._needs, self._labels)
+        if not any(launch.call.bucket.inner for launch in launches):
+            return False
+        scalars = [self._scalars(launch.call, outer) for launch in launches]
+        phantom = self._is_phantom(launches)
+        if from_eval and not phantom:
+            self._warn_eval()
 
         # From here on nothing is refused.
-        phantom = self._is_phantom(launches)
-        self.state.update(completed)
+        self._launches.commit(self.param_groups, self.state)
         if phantom:
-            return loss
-        for launch in launches:
-            launch.plan.run(launch.grads, launch.scalars)
-        torch.autograd.graph.increment_version([p for call in calls for p in call.bucket.params])
-        self._count(calls, outer)
-        return loss
+            return False
+        for launch, numbers in zip(launches, scalars, strict=True):
+            launch.call.plan.run(launch.grads, numbers, addresses=launch.addresses)
+            torch.autograd.graph.increment_version(launch.call.bucket.params)
+        self._count(launches, outer)
+        return True
 
     @property
     def at_outer_boundary(self) -> bool:
@@ -184,37 +202,19 @@ class RelaxationOptimizer(TwoWeights):
             self._warned_eval = True
             warn_user("step() in eval mode: back to the live weights first; call train() after eval()")
 
-    def _gather(self, outer: bool) -> list[Call]:
-        """Return what a step does to which parameters.
-
-        Without a gradient a parameter takes no inner step; the outer step is for all that have state.
-        """
-        calls = []
-        first = 0  # the number of the group's first parameter
-        no_state: dict[str, Any] = {}
-        for i, group in enumerate(self.param_groups):
-            params = group["params"]
-            grads = [p.grad for p in params]
-            states = [self.state.get(p, no_state) for p in params]
-            inner = [grad is not None for grad in grads]
-            plays = [a or bool(state) for a, state in zip(inner, states, strict=True)] if outer else inner
-            counts = [state.get("period_steps", 0) for state in states]
-            for bucket in self._splits.split(i, first, params, inner, plays, counts):
-                roles = self._roles(group, bucket.dtype)
-                own = bucket.pick(states)
-                count = own[0].get("period_steps", 0) + 1 if "period_steps" in roles else 1
-                calls.append(Call(bucket, group, roles, bucket.pick(grads), own, count))
-            first += len(params)
-        return calls
+    def _needs(self, group: dict[str, Any], dtype: torch.dtype) -> Needs:
+        return Needs(self._roles(group, dtype), [group[name] for name in ("backend", "foreach", "fused")])
 
     def _is_phantom(self, launches: list[Launch]) -> bool:
         """Whether this is the step that checkpoint tools take to have the state allocated: lr 0 and no gradient but zeros."""
-        if any(self.state.values()) or any(float(group["lr"]) != 0.0 for group in self.param_groups):
-            return False
-        return not any(bool(grad.any()) for launch in launches for grad in launch.grads)
+        return self._is_untouched() and not any(bool(grad.any()) for launch in launches for grad in launch.grads)
+
+    def _is_untouched(self) -> bool:
+        """Whether there is no state yet and every lr is 0: only then a step may be a phantom."""
+        return not any(self.state.values()) and all(float(group["lr"]) == 0.0 for group in self.param_groups)
 
     def _scalars(self, call: Call, outer: bool) -> Scalars:
-        group, dtype = call.group, call.bucket.dtype
+        group, dtype = self.param_groups[call.bucket.group], call.bucket.dtype
         mu_o = round_scalar("momentum", group["momentum"], dtype)
         return Scalars(
             inner=call.bucket.inner,
@@ -227,16 +227,17 @@ class RelaxationOptimizer(TwoWeights):
             nesterov_o=bool(group["nesterov"]) and mu_o != 0.0,
             seed=group["seed"],
             step=check_step(group["step"]),
-            rounding=check_rounding(group["rounding"], dtype, "master" in call.roles),
+            rounding=check_rounding(group["rounding"], dtype, "master" in call.needs.roles),
             **self._inner_scalars(group, dtype, call.count),
         )
 
-    def _count(self, calls: list[Call], outer: bool) -> None:
+    def _count(self, launches: list[Launch], outer: bool) -> None:
         """Count the step that has been taken; at the end of a period gamma follows its rule and a new period starts."""
-        for call in calls:
-            if call.bucket.inner and "period_steps" in call.roles:
+        for call, *_ in launches:
+            if call.bucket.inner and "period_steps" in call.needs.roles:
+                count = call.count
                 for state in call.states:
-                    state["period_steps"] = call.count
+                    state["period_steps"] = count
         for group in self.param_groups:
             group["step"] += 1
             group["position"] += 1
@@ -245,3 +246,10 @@ class RelaxationOptimizer(TwoWeights):
                 group["gamma"] = gamma_of(group)
         if outer:
             self._start_period()
+
+
+def _evaluate(closure: Callable[[], float] | None) -> float | None:
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()

@@ -59,7 +59,9 @@ class EntropySGD(RelaxationOptimizer):
         rounding: how y is rounded to bfloat16 parameters, "nearest" or "stochastic"; float16 ones cannot be rounded
             stochastically, wider ones are not rounded.
         master_weights: keep a float32 y for bfloat16 and float16 parameters, which then hold its rounding.
-        closure_mode: "once": a closure is evaluated once a step; nothing else is available in this version.
+        closure_mode: "once": one call of `step` is one inner step, and a closure is evaluated once. "inner_loop": one call of
+            ``step(closure)`` takes all inner steps of a period, and evaluates the closure before each, which should then take
+            another minibatch each time.
         capturable: must be False in this version.
         foreach: True asks for the eager backend.
         fused: True refuses the eager backend.
@@ -99,7 +101,7 @@ class EntropySGD(RelaxationOptimizer):
         backend: str = "auto",
         rounding: Rounding = "nearest",
         master_weights: bool = False,
-        closure_mode: Literal["once"] = "once",
+        closure_mode: Literal["once", "inner_loop"] = "once",
         capturable: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,

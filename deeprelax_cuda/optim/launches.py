@@ -1,10 +1,9 @@
-"""From parameters to fused calls: the checks of a step, and the plans that are kept from step to step."""
+"""From parameters to fused calls: the checks of a step, and the plans that are kept as long as its tensors stay the same."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -13,10 +12,11 @@ from torch import Tensor
 from deeprelax_cuda import backends
 from deeprelax_cuda.checks import check_disjoint, check_grads, check_tensors
 from deeprelax_cuda.noise import Place
-from deeprelax_cuda.optim.buckets import Bucket, Call
+from deeprelax_cuda.optim.buckets import Bucket, split
 from deeprelax_cuda.optim.options import select_backend
 from deeprelax_cuda.optim.weights import complete_state
-from deeprelax_cuda.steps import ROLES, Plan, Scalars, Tensors
+from deeprelax_cuda.steps import ROLES, Plan, Tensors
+from deeprelax_cuda.watch import Watch, make_watch
 
 #: What the tensors in the state of a parameter are called among `Tensors`.
 FIELDS = {
@@ -27,141 +27,182 @@ FIELDS = {
     "outer_momentum": "outer_momenta",
 }
 
-
-class Launch(NamedTuple):
-    """A call that has been checked: nothing is written before every launch of a step is one."""
-
-    call: Call
-    plan: Plan
-    grads: list[Tensor]
-    scalars: Scalars
+Group = dict[str, Any]
+State = dict[str, Any]
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class _Kept:
-    plan: Plan
-    tensors: Tensors
+class Needs(NamedTuple):
+    """What decides, beside the tensors, whether a plan serves a group's parameters of one type."""
+
     roles: list[str]
     options: list[Any]
 
-    def serves(self, call: Call) -> bool:
-        """Whether the plan is for the very tensors and options of the call, whose bucket is the plan's."""
-        if self.roles != call.roles or self.options != _options(call.group):
-            return False
-        try:
-            return all(
-                all(map(is_, [state[role] for state in call.states], getattr(self.tensors, FIELDS[role])))
-                for role in call.roles
-                if role in FIELDS
-            )
-        except KeyError:
-            return False
+
+@dataclass(slots=True)
+class Call:
+    """A plan that has been checked, and the state of its parameters; gradients are not held."""
+
+    bucket: Bucket
+    needs: Needs
+    plan: Plan
+    tensors: Tensors
+    states: list[State]
+
+    @property
+    def count(self) -> int:
+        """The number of the coming step in the average of its period, 1 where nobody counts."""
+        return 1 + int(self.states[0].get("period_steps", 0))
 
 
-class Plans:
-    """The plans of the last step.
+class Launch(NamedTuple):
+    """A call with its gradients, and with their addresses where these are known."""
 
-    A plan serves again as long as every tensor is the same and where it was. What a step does not use is dropped, so that no
-    tensor outlives its optimizer's use of it by more than a step; gradients are never held.
+    call: Call
+    grads: list[Tensor]
+    addresses: bytes | None
+
+
+class Launches:
+    """The calls of the last step, which serve again while everything that they follow from stays the same.
+
+    What a step does not use is dropped, so that no tensor outlives its optimizer's use of it by more than a step.
     """
 
     def __init__(self) -> None:
-        self._kept: Mapping[Bucket, _Kept] = {}
-        self._ranges = _Ranges([], [])
-        self._grad_addresses: list[int] = []
+        self._calls: list[Call] = []
+        self._watch: Watch | None = None
+        self._idle = self._outer = False
 
     def prepare(
-        self, calls: list[tuple[Call, Scalars]], labels: Callable[[], list[str]]
-    ) -> tuple[list[Launch], dict[Tensor, dict[str, Any]]]:
-        """Return the launches of a step, checked, and the state of the parameters whose state was not complete.
+        self,
+        groups: Sequence[Group],
+        state: Mapping[Tensor, State],
+        outer: bool,
+        needs: Callable[[Group, torch.dtype], Needs],
+        labels: Callable[[], list[str]],
+    ) -> list[Launch]:
+        """Return the launches of a step; nothing has been changed then, and `commit` says that the step is taken.
+
+        Without a gradient a parameter takes no inner step; the outer step is for all that have state.
 
         Args:
-            calls: what is to be done, with which numbers.
+            groups: the param groups of the optimizer.
+            state: its state.
+            outer: whether the step is the last of its period.
+            needs: what a group's parameters of a type need.
             labels: gives the names of all parameters of the optimizer, for errors.
 
         Raises:
             TypeError, ValueError: a tensor that cannot be served, by name.
             RuntimeError: no backend, or not the one that was asked for, can serve.
         """
-        kept: dict[Bucket, _Kept] = {}
-        completed: dict[Tensor, dict[str, Any]] = {}
-        launches = []
-        for call, scalars in calls:
-            entry = self._kept.get(call.bucket)
-            if entry is None or not entry.serves(call):
-                entry = _make(call, labels(), completed)
-            kept[call.bucket] = entry
-            grads = call.grads if call.bucket.inner else []
-            if not call.bucket.fits(grads):
-                grads = check_grads(entry.tensors, grads, disjoint=False)
-            launches.append(Launch(call, entry.plan, grads, scalars))
+        launches = self._same_as_before(groups, state, outer, needs)
+        if launches is None:
+            self._watch = None  # until the new calls are committed
+            self._calls, grads = _make_calls(groups, state, outer, needs, labels)
+            self._outer = outer
+            self._idle = any(g is None and bool(state.get(p)) for p, g in zip(_params(groups), grads, strict=True))
+            launches = _checked(self._calls, grads)
+        return launches
 
-        # Overlaps are looked for among all launches, whose order would decide what is read.
-        addresses = [g.data_ptr() for launch in launches for g in launch.grads]
-        if kept != self._kept:
-            _check_overlaps(launches, kept)
-            self._ranges = _Ranges(_owned(kept), [p for bucket in kept if bucket.inner for p in bucket.params])
-        elif addresses != self._grad_addresses and not self._ranges.are_clear_of(addresses):
-            _check_overlaps(launches, kept)
-        self._kept, self._grad_addresses = kept, addresses
-        return launches, completed
+    def commit(self, groups: Sequence[Group], state: dict[Tensor, State]) -> None:
+        """Put the state that `prepare` has completed into ``state``, and keep the calls for the steps to come."""
+        if self._watch is not None:
+            return
+        for call in self._calls:
+            state.update(zip(call.bucket.params, call.states, strict=True))
+        written = [t for call in self._calls for role in ROLES for t in getattr(call.tensors, role)]
+        self._watch = make_watch([group["params"] for group in groups], state, written)
 
-
-class _Ranges:
-    """The memory of the tensors that launches write, to hold new gradients against: of the layout of ``params``."""
-
-    def __init__(self, written: list[Tensor], params: list[Tensor]) -> None:
-        spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in written if t.nbytes)
-        self._starts = torch.tensor([start for start, _ in spans] + [torch.iinfo(torch.int64).max])
-        self._ends = torch.tensor([end for _, end in spans], dtype=torch.int64)
-        self._sizes = torch.tensor([p.nbytes for p in params], dtype=torch.int64)
-
-    def are_clear_of(self, addresses: list[int]) -> bool:
-        """Whether gradients at these addresses overlap none of the tensors, which do not overlap each other."""
-        start = torch.tensor(addresses, dtype=torch.int64)
-        behind = self._starts[torch.searchsorted(self._ends, start, right=True)]
-        return bool((start + self._sizes <= behind).all())
-
-
-def _options(group: dict[str, Any]) -> list[Any]:
-    return [group[name] for name in ("backend", "foreach", "fused")]
+    def _same_as_before(
+        self, groups: Sequence[Group], state: Mapping[Tensor, State], outer: bool, needs: Callable[[Group, torch.dtype], Needs]
+    ) -> list[Launch] | None:
+        """Return the launches of the calls that are kept, None where they do not serve."""
+        if self._watch is None or (self._idle and outer != self._outer):
+            return None
+        look = self._watch.look([group["params"] for group in groups], state)
+        if look is None:
+            return None
+        for call in self._calls:
+            if needs(groups[call.bucket.group], call.bucket.dtype) != call.needs:
+                return None
+            if "period_steps" in call.needs.roles and len({own["period_steps"] for own in call.states}) > 1:
+                return None
+        if not look.fit:
+            return _checked(self._calls, look.grads)
+        if len(self._calls) == 1 and len(look.grads) == len(self._calls[0].bucket.numbers):
+            return [Launch(self._calls[0], look.grads, look.addresses)]  # type: ignore[arg-type]
+        return [Launch(call, _pick(look.grads, call.bucket), None) for call in self._calls]
 
 
-def _make(call: Call, labels: list[str], completed: dict[Tensor, dict[str, Any]]) -> _Kept:
-    """Complete the state of a call, which goes into ``completed`` too, and make a plan for it."""
-    bucket, states = call.bucket, call.states
-    names = [labels[number] for number in bucket.numbers]
-    for i, (p, label) in enumerate(zip(bucket.params, names, strict=True)):
+def _params(groups: Sequence[Group]) -> list[Tensor]:
+    return [p for group in groups for p in group["params"]]
+
+
+def _pick(grads: list[Tensor | None], bucket: Bucket) -> list[Tensor]:
+    return [grads[i] for i in bucket.numbers] if bucket.inner else []  # type: ignore[misc]
+
+
+def _make_calls(
+    groups: Sequence[Group],
+    state: Mapping[Tensor, State],
+    outer: bool,
+    needs: Callable[[Group, torch.dtype], Needs],
+    labels: Callable[[], list[str]],
+) -> tuple[list[Call], list[Tensor | None]]:
+    calls: list[Call] = []
+    grads: list[Tensor | None] = []
+    no_state: State = {}
+    names = labels()
+    for number, group in enumerate(groups):
+        params = group["params"]
+        states = [state.get(p, no_state) for p in params]
+        grads_here = [p.grad for p in params]
+        inner = [g is not None for g in grads_here]
+        plays = [a or bool(own) for a, own in zip(inner, states, strict=True)] if outer else inner
+        counts = [own.get("period_steps", 0) for own in states]
+        for bucket in split(number, len(grads), params, inner, plays, counts):
+            own = [states[i - len(grads)] for i in bucket.numbers]
+            calls.append(_make_call(bucket, group, needs(group, bucket.dtype), own, [names[i] for i in bucket.numbers]))
+        grads += grads_here
+    return calls, grads
+
+
+def _make_call(bucket: Bucket, group: Group, needs: Needs, states: list[State], labels: list[str]) -> Call:
+    """Check the tensors of a call, their state completed, and make a plan for it."""
+    for p, label in zip(bucket.params, labels, strict=True):
         if p.is_complex():  # said before state is made, which is real
             raise TypeError(f"params[{label}] (shape {tuple(p.shape)}, {p.dtype}): expected a real floating dtype")
-        whole = complete_state(states[i], p, call.roles)
-        if whole is not states[i]:
-            states[i] = completed[p] = whole
-    lists: dict[str, Any] = {FIELDS[role]: [state[role] for state in states] for role in call.roles if role in FIELDS}
+    states = [complete_state(own, p, needs.roles) for own, p in zip(states, bucket.params, strict=True)]
+    lists: dict[str, Any] = {FIELDS[role]: [own[role] for own in states] for role in needs.roles if role in FIELDS}
     tensors = Tensors(
         params=bucket.params,
         numbers=bucket.numbers,
         places=[Place(0, numel := max(p.numel(), 1), numel) for p in bucket.params],
-        labels=names,
+        labels=labels,
         **lists,
     )
     check_tensors(tensors, outer=True, disjoint=False)
-    name = select_backend(call.group, bucket.params[0].device, bucket.dtype).name
-    return _Kept(backends.make_plan(name, tensors), tensors, call.roles, _options(call.group))
+    name = select_backend(group, bucket.params[0].device, bucket.dtype).name
+    return Call(bucket, needs, backends.make_plan(name, tensors), tensors, states)
 
 
-def _owned(kept: Mapping[Bucket, _Kept]) -> list[Tensor]:
-    return [t for entry in kept.values() for role in ROLES for t in getattr(entry.tensors, role)]
+def _checked(calls: list[Call], grads: list[Tensor | None]) -> list[Launch]:
+    """Return the launches of the calls with their gradients checked.
 
-
-def _check_overlaps(launches: list[Launch], kept: Mapping[Bucket, _Kept]) -> None:
-    """Refuse two tensors of a step that share memory, unless both are gradients."""
+    Overlaps are looked for among all launches, whose order would decide what is read.
+    """
+    launches = [
+        Launch(call, check_grads(call.tensors, _pick(grads, call.bucket), disjoint=False) if call.bucket.inner else [], None)
+        for call in calls
+    ]
     lists: dict[str, list[Tensor]] = {role: [] for role in (*ROLES, "grads")}
     labels: dict[str, list[str]] = {role: [] for role in lists}
     for launch in launches:
-        tensors = kept[launch.call.bucket].tensors
+        tensors = launch.call.tensors
         for role, items in [*((role, getattr(tensors, role)) for role in ROLES), ("grads", launch.grads)]:
             lists[role] += items
             labels[role] += tensors.labels if items else []
-    grads = {"grads": lists.pop("grads")}
-    check_disjoint(lists, grads, lambda role, i: f"{role}[{labels[role][i]}]")
+    read = {"grads": lists.pop("grads")}
+    check_disjoint(lists, read, lambda role, i: f"{role}[{labels[role][i]}]")
+    return launches

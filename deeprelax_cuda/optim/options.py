@@ -70,8 +70,7 @@ def check_loop_options(group: dict[str, Any]) -> None:
     check_choice("rounding", group["rounding"], ("nearest", "stochastic"))
     if group["master_weights"] and group["rounding"] == "stochastic":
         raise ValueError('master_weights: master weights and rounding="stochastic" exclude each other')
-    if group["closure_mode"] != "once":
-        raise ValueError(f'closure_mode: {group["closure_mode"]!r} is not available in this version, only "once"')
+    check_choice("closure_mode", group["closure_mode"], ("once", "inner_loop"))
     if group["capturable"] is not False:
         raise ValueError(f"capturable: {group['capturable']!r} is not available in this version, only False")
     if group["differentiable"]:

@@ -53,8 +53,9 @@ struct Step {
 
 namespace cpu {
 
-// Takes the step on `count` tensors with at most `threads` threads.
-void step(Dtype dtype, const Tensor* tensors, int64_t count, const Step& step, int threads);
+// Takes the step on `count` tensors with at most `threads` threads. `grads`, where it is given, holds their gradients in place
+// of Tensor::g, so that a table can be kept from call to call.
+void step(Dtype dtype, const Tensor* tensors, int64_t count, const Step& step, int threads, const void* const* grads = nullptr);
 
 // Writes the normals of elements offset .. offset + numel of a stream (the whole counter word) to `out`.
 void gaussian(float* out, int64_t numel, uint64_t seed, uint32_t step, uint32_t stream, int64_t offset, int threads);

@@ -1,0 +1,189 @@
+// Whether a step's tensors are those of the step before: found out in one walk over the Python objects, since on many small
+// tensors nearly all of a step is asking for their facts one by one.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "exchange.h"
+
+namespace deeprelax {
+
+// Takes note of the parameters and their state, and compares them at each look; `Watch` of deeprelax_cuda/watch.py says what is
+// compared. Objects are known by their addresses alone: whoever makes a Watch keeps them alive.
+class Watch {
+ public:
+  // groups: the lists of parameters; state: each parameter's dict; written: dense tensors that gradients must not overlap.
+  Watch(const pybind11::object& exchange, const pybind11::list& groups, const pybind11::dict& state,
+        const pybind11::list& written)
+      : exchange_(exchange) {
+    for (auto group : groups) {
+      for (auto p : group) note_param(p.ptr());
+      ends_of_groups_.push_back(params_.size());
+    }
+    note_state(state);
+    for (auto t : written) {
+      const TensorView view = read(t.ptr());
+      if (view.nbytes()) spans_.push_back({view.address(), view.address() + view.nbytes()});
+    }
+    std::sort(spans_.begin(), spans_.end());
+  }
+
+  // Returns (grads, fit, addresses) as a Look of watch.py, or None where anything but the gradients has changed.
+  pybind11::object look(const pybind11::list& groups, const pybind11::dict& state) {
+    if (groups.size() != ends_of_groups_.size()) return pybind11::none();
+    pybind11::list grads(params_.size());
+    addresses_.clear();
+    bool fit = true;
+    size_t i = 0, group = 0;
+    for (auto params : groups) {
+      const size_t end = ends_of_groups_[group++];
+      if (!PyList_Check(params.ptr()) || PyList_GET_SIZE(params.ptr()) != static_cast<Py_ssize_t>(end - i)) {
+        return pybind11::none();
+      }
+      for (Py_ssize_t j = 0; i < end && j < PyList_GET_SIZE(params.ptr()); ++i, ++j) {
+        Param& known = params_[i];
+        PyObject* p = PyList_GET_ITEM(params.ptr(), j);
+        if (p != known.object || !is_as_noted(p, known)) return pybind11::none();
+        PyObject* g = PyObject_GetAttr(p, grad_.ptr());
+        if (!g) throw pybind11::error_already_set();
+        PyList_SET_ITEM(grads.ptr(), static_cast<Py_ssize_t>(i), g);
+        if ((g != Py_None) != known.has_grad) return pybind11::none();
+        if (known.has_grad && fit) fit = can_be_read(g, known);
+      }
+    }
+    if (!is_as_noted(state)) return pybind11::none();
+    const auto* bytes = reinterpret_cast<const char*>(addresses_.data());
+    return pybind11::make_tuple(std::move(grads), fit, pybind11::bytes(bytes, addresses_.size() * sizeof(uintptr_t)));
+  }
+
+ private:
+  struct Param {
+    PyObject* object;
+    TensorView view;  // its shape and strides are at `sizes`
+    size_t sizes;
+    int64_t nbytes;
+    bool has_grad;
+    uintptr_t clear_grad;  // address of a gradient that was found to be clear of what is written
+  };
+  struct Entry {
+    PyObject *name, *value;  // no value: a number
+  };
+  struct State {
+    PyObject *param, *dict;
+    size_t end;  // of its entries
+  };
+  struct Memory {
+    PyObject* tensor;
+    uintptr_t address;
+  };
+  struct Span {
+    uintptr_t start, end;
+    bool operator<(const Span& other) const { return start < other.start; }
+  };
+
+  TensorView read(PyObject* tensor) const {
+    TensorView view;
+    if (!exchange_.view(tensor, view)) throw pybind11::value_error("a tensor without memory of its own");
+    return view;
+  }
+
+  void note_param(PyObject* p) {
+    const TensorView view = read(p);
+    auto grad = pybind11::reinterpret_steal<pybind11::object>(PyObject_GetAttr(p, grad_.ptr()));
+    if (!grad) throw pybind11::error_already_set();
+    params_.push_back({p, view, sizes_.size(), view.nbytes(), !grad.is_none(), 0});
+    sizes_.insert(sizes_.end(), view.shape, view.shape + view.ndim);
+    sizes_.insert(sizes_.end(), view.strides, view.strides + view.ndim);
+  }
+
+  void note_state(const pybind11::dict& state) {
+    PyObject *param, *dict, *name, *value;
+    int64_t largest = -1;
+    for (Py_ssize_t at = 0; PyDict_Next(state.ptr(), &at, &param, &dict);) {
+      const size_t first = entries_.size();
+      for (Py_ssize_t in = 0; PyDict_Check(dict) && PyDict_Next(dict, &in, &name, &value);) {
+        entries_.push_back({name, PyLong_Check(value) ? nullptr : value});
+      }
+      states_.push_back({param, dict, entries_.size()});
+      TensorView view;
+      if (entries_.size() > first && exchange_.view(param, view) && view.nbytes() > largest) {
+        largest = view.nbytes();
+        largest_.clear();
+        for (size_t e = first; e < entries_.size(); ++e) {
+          if (entries_[e].value && exchange_.view(entries_[e].value, view))
+            largest_.push_back({entries_[e].value, view.address()});
+        }
+      }
+    }
+  }
+
+  bool is_as_noted(PyObject* p, const Param& known) const {
+    TensorView now;
+    if (!exchange_.view(p, now) || now.address() != known.view.address()) return false;
+    const int64_t* sizes = sizes_.data() + known.sizes;
+    const size_t bytes = known.view.ndim * sizeof(int64_t);
+    return now.is_of_kind(known.view) && std::memcmp(now.shape, sizes, bytes) == 0 &&
+           std::memcmp(now.strides, sizes + known.view.ndim, bytes) == 0;
+  }
+
+  bool is_as_noted(const pybind11::dict& state) const {
+    if (PyDict_Size(state.ptr()) != static_cast<Py_ssize_t>(states_.size())) return false;
+    PyObject *param, *dict, *name, *value;
+    size_t e = 0, s = 0;
+    for (Py_ssize_t at = 0; PyDict_Next(state.ptr(), &at, &param, &dict); ++s) {
+      const State& known = states_[s];
+      if (param != known.param || dict != known.dict) return false;
+      if (!PyDict_Check(dict)) continue;
+      if (PyDict_Size(dict) != static_cast<Py_ssize_t>(known.end - e)) return false;
+      for (Py_ssize_t in = 0; PyDict_Next(dict, &in, &name, &value); ++e) {
+        const Entry& entry = entries_[e];
+        if (name != entry.name || (PyLong_Check(value) ? nullptr : value) != entry.value) return false;
+      }
+    }
+    return std::all_of(largest_.begin(), largest_.end(), [this](const Memory& noted) {
+      TensorView now;
+      return exchange_.view(noted.tensor, now) && now.address() == noted.address;
+    });
+  }
+
+  bool can_be_read(PyObject* g, Param& known) {
+    TensorView now;
+    if (!exchange_.view(g, now) || !now.is_of_kind(known.view)) return false;
+    const int64_t *shape = sizes_.data() + known.sizes, *strides = shape + known.view.ndim;
+    for (int32_t i = 0; i < now.ndim; ++i) {
+      if (now.shape[i] != shape[i] || (now.strides[i] != strides[i] && shape[i] != 1 && known.nbytes)) return false;
+    }
+    // Torch keeps zeros without memory, and negations, as flags of a tensor.
+    if (known.nbytes && !now.address()) return false;
+    auto is_neg = pybind11::reinterpret_steal<pybind11::object>(
+        PyObject_VectorcallMethod(is_neg_.ptr(), &g, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
+    if (!is_neg) throw pybind11::error_already_set();
+    if (is_neg.ptr() != Py_False) return false;
+    if (now.address() != known.clear_grad && !is_clear(now.address(), now.address() + known.nbytes)) return false;
+    known.clear_grad = now.address();
+    addresses_.push_back(now.address());
+    return true;
+  }
+
+  // Spans do not overlap each other: the first that ends behind `start` is the only one to ask.
+  bool is_clear(uintptr_t start, uintptr_t end) const {
+    const auto span = std::upper_bound(spans_.begin(), spans_.end(), start,
+                                       [](uintptr_t address, const Span& span) { return address < span.end; });
+    return start == end || span == spans_.end() || end <= span->start;
+  }
+
+  Exchange exchange_;
+  pybind11::str grad_{"grad"}, is_neg_{"is_neg"};
+  std::vector<Param> params_;
+  std::vector<size_t> ends_of_groups_;
+  std::vector<int64_t> sizes_;
+  std::vector<State> states_;
+  std::vector<Entry> entries_;
+  std::vector<Memory> largest_;  // the tensors in the state of the largest parameter
+  std::vector<Span> spans_;
+  std::vector<uintptr_t> addresses_;  // of the gradients, at the present look
+};
+
+}  // namespace deeprelax

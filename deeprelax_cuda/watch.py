@@ -1,0 +1,123 @@
+"""Whether the tensors of a step are those of the step before, so that what was checked then still holds.
+
+On many small tensors nearly all of a step is asking for facts one by one. The native `Watch` asks in one walk over the Python
+objects, through the DLPack exchange API of torch's tensors; where either is missing `PythonWatch` asks the same questions.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from operator import is_
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from deeprelax_cuda import native
+
+State = Mapping[Tensor, Mapping[str, Any]]
+
+
+class Look(NamedTuple):
+    """What a look saw, where nothing but the gradients has changed.
+
+    ``grads`` has an entry for every parameter, None where there is no gradient. ``fit`` says that each gradient can be read as
+    it is: of the type, device, shape and layout of its parameter, with its numbers in memory, clear of all that is written.
+    ``addresses`` are then those of the gradients that there are, as the bytes of an ``array("Q")``.
+    """
+
+    grads: list[Tensor | None]
+    fit: bool
+    addresses: bytes
+
+
+class Watch(Protocol):
+    """Takes note of parameters and their state when it is made, and at each look compares them with that.
+
+    Compared are: every parameter object, its memory, type, device, shape and strides; whether it has a gradient; the state's
+    dicts and the tensors in them, and the memory of those of the largest parameter, since who moves state moves all of it.
+    Plain numbers in the state are not: they count.
+    """
+
+    def look(self, groups: Sequence[list[Tensor]], state: State) -> Look | None:
+        """Return what is to be seen, or None where anything but the gradients has changed."""
+
+
+def make_watch(groups: Sequence[list[Tensor]], state: State, written: Sequence[Tensor]) -> Watch:
+    """Return a watch over the parameters of each group and their ``state``; ``written`` are dense and do not overlap."""
+    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if native.module is not None and exchange is not None:
+        with contextlib.suppress(ValueError):  # a tensor that DLPack cannot describe
+            return NativeWatch(exchange, groups, state, written)
+    return PythonWatch(groups, state, written)
+
+
+class NativeWatch:
+    """The watch in C++; this half keeps alive what that one knows by address."""
+
+    def __init__(self, exchange: object, groups: Sequence[list[Tensor]], state: State, written: Sequence[Tensor]) -> None:
+        self._held = list(_objects(groups, state))
+        self._native = native.module.Watch(exchange, groups, state, written)
+
+    def look(self, groups: Sequence[list[Tensor]], state: State) -> Look | None:
+        """Return what is to be seen; see `Watch`."""
+        seen = self._native.look(groups, state)
+        return None if seen is None else Look(*seen)
+
+
+class PythonWatch:
+    """The watch in Python."""
+
+    def __init__(self, groups: Sequence[list[Tensor]], state: State, written: Sequence[Tensor]) -> None:
+        self._held = list(_objects(groups, state))
+        self._facts = self._read(groups, state)
+        spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in written if t.nbytes)
+        self._starts, self._ends = ([span[i] for span in spans] for i in range(2))
+
+    def look(self, groups: Sequence[list[Tensor]], state: State) -> Look | None:
+        """Return what is to be seen; see `Watch`."""
+        held = list(_objects(groups, state))
+        if len(held) != len(self._held) or not all(map(is_, held, self._held)) or self._facts != self._read(groups, state):
+            return None
+        params = list(chain.from_iterable(groups))
+        grads = [p.grad for p in params]
+        fit = all(g is None or self._can_be_read(g, p) for g, p in zip(grads, params, strict=True))
+        addresses = [g.data_ptr() for g in grads if g is not None] if fit else []
+        return Look(grads, fit, array("Q", addresses).tobytes())
+
+    def _read(self, groups: Sequence[list[Tensor]], state: State) -> list[Any]:
+        params = list(chain.from_iterable(groups))
+        largest = max((p for p in state if state[p]), key=Tensor.numel, default=None)
+        own = () if largest is None else state[largest].values()
+        return [
+            [len(group) for group in groups],
+            [(p.data_ptr(), p.dtype, p.device, p.shape, p.stride(), p.grad is None) for p in params],
+            [t.data_ptr() for t in own if isinstance(t, Tensor)],
+        ]
+
+    def _can_be_read(self, g: Tensor, p: Tensor) -> bool:
+        if g.layout is not torch.strided or g.dtype != p.dtype or g.device != p.device or g.shape != p.shape:
+            return False
+        if g.numel() == 0:
+            return True
+        laid_out = all(size == 1 or a == b for size, a, b in zip(p.shape, g.stride(), p.stride(), strict=True))
+        start = g.data_ptr()
+        behind = bisect.bisect_right(self._ends, start)
+        clear = behind == len(self._ends) or start + g.nbytes <= self._starts[behind]
+        return laid_out and start != 0 and not g.is_neg() and clear
+
+
+def _objects(groups: Sequence[list[Tensor]], state: State) -> Iterator[object]:
+    """Yield every object that has to be the same at the next look, in the same order."""
+    yield from chain.from_iterable(groups)
+    for p, own in state.items():
+        yield p
+        yield own
+        for name, value in own.items():
+            yield name
+            if not isinstance(value, int):
+                yield value
