@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from deeprelax_cuda.optim.base import RelaxationOptimizer
-from deeprelax_cuda.optim.options import check_choice, check_number
+from deeprelax_cuda.optim.options import check_choice, check_count, check_number
 from deeprelax_cuda.steps import Rounding, round_scalar
 
 
@@ -137,6 +137,116 @@ class EntropySGD(RelaxationOptimizer):
             "differentiable": differentiable,
         }
         super().__init__(params, defaults)
+
+    @classmethod
+    def from_published_code(
+        cls,
+        params: ParamsT,
+        *,
+        L: int,
+        lr: float | Tensor = 0.01,
+        momentum: float = 0.0,
+        damp: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = True,
+        eps: float = 1e-4,
+        g0: float = 1e-2,
+        g1: float = 0.0,
+        inner_lr: float = 0.1,
+        averaging: float = 0.75,
+        **options: Any,
+    ) -> EntropySGD:
+        """Entropy-SGD as in the authors' public Python code, from the options of that code and with its defaults::
+
+            there              here
+            L                  inner_steps = L
+            lr, nesterov       lr = lr, nesterov = nesterov
+            momentum           momentum = inner_momentum = momentum
+            weight_decay       weight_decay = outer_weight_decay = weight_decay
+            eps                temperature = eps**2    the std of an inner step's noise is eps*sqrt(2*inner_lr)
+            g0                 gamma = 1/g0            0: inf, no coupling
+            g1                 scoping = g1            the coupling is g0*(1 + g1)**n after n outer steps
+            fixed              coupling_in_momentum = False, reset_inner_momentum = True
+
+        The loop differs. There ``step(closure, model, criterion)`` takes a whole period: L + 1 minibatches, of which the first,
+        at x, does not count. Here L calls of `step`, one a minibatch, are that period.
+
+        The trajectory is that of the code as it was meant. As it was published, four things go wrong: the counter of scoping
+        never advances, the outer momentum starts from a gradient of the loss, without Nesterov the inner momentum picks up
+        coupling and noise, and only the first group moves. Two namesakes are other methods: the paper's printed algorithm 1
+        (noise eps*sqrt(inner_lr), so T = eps**2/2, and 0.75 on the new sample), and the Lua code beside the Python code (no
+        outer momentum, and decay in the inner loop alone, outside its momentum).
+
+        Args:
+            params: as for the constructor. A group's own options have the constructor's names, and its momenta and its decays,
+                inner and outer, must be the same in pairs.
+            L: inner steps a period, at least 1. The published default, 0, is plain SGD.
+            lr: the outer step.
+            momentum: of both loops.
+            damp: must be 0 unless momentum is: the published code dampens the outer momentum too.
+            weight_decay: of both loops.
+            nesterov: for both momenta.
+            eps: the root of the temperature.
+            g0: the first stiffness of the coupling.
+            g1: its growth an outer step.
+            inner_lr: the step along the gradient; a constant of the published code.
+            averaging: the weight of the OLD average, beta1 there; a constant of the published code.
+            options: the constructor's other options, such as seed and backend.
+
+        Raises:
+            ValueError, TypeError: an option outside its range, or one that the table sets, by name.
+
+        Source: github.com/ucla-vision/entropy-sgd, python/optim.py; arXiv 1611.01838.
+        """
+        set_by = {
+            "inner_steps": "L",
+            "inner_momentum": "momentum",
+            "dampening": "damp",
+            "outer_weight_decay": "weight_decay",
+            "temperature": "eps",
+            "gamma": "g0",
+            "scoping": "g1",
+            "gamma_total": "g0 and g1",
+            "coupling_in_momentum": "the published code",
+            "reset_inner_momentum": "the published code",
+        }
+        for name in options:
+            if name in set_by:
+                raise ValueError(f"{name}: expected no such option, as from_published_code sets it from {set_by[name]}")
+        if L == 0:
+            raise ValueError("L: 0 inner steps are plain SGD in the published code; use torch.optim.SGD")
+        check_count("L", L)
+        if check_number("damp", damp, "[0, 1]") != 0.0 and momentum != 0.0:
+            raise ValueError(f"damp: expected 0 where momentum is not: the outer momentum has no dampening here; got {damp!r}")
+        eps, g0, g1 = (check_number(name, value, "[0, inf)") for name, value in (("eps", eps), ("g0", g0), ("g1", g1)))
+
+        optimizer = cls(
+            params,
+            lr,
+            inner_lr=inner_lr,
+            inner_steps=L,
+            gamma=1.0 / g0 if g0 else math.inf,
+            scoping=g1,
+            temperature=eps * eps,
+            averaging=averaging,
+            momentum=momentum,
+            inner_momentum=momentum,
+            nesterov=nesterov,
+            weight_decay=weight_decay,
+            outer_weight_decay=weight_decay,
+            coupling_in_momentum=False,
+            reset_inner_momentum=True,
+            **options,
+        )
+        for i, group in enumerate(optimizer.param_groups):
+            for name in ("L", "damp", "eps", "g0", "g1"):
+                if name in group:
+                    raise ValueError(f"{name}: not an option of a group, in group {i}; groups have the constructor's options")
+            for inner, outer in (("inner_momentum", "momentum"), ("weight_decay", "outer_weight_decay")):
+                if group[inner] != group[outer]:
+                    expected = f"expected the same as {inner}, as in the published code"
+                    raise ValueError(f"{outer}: {expected}, got {group[outer]!r} and {group[inner]!r} in group {i}")
+        return optimizer
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
