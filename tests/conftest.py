@@ -1,0 +1,28 @@
+"""The last line of a run says how many mutants were caught: tests marked `mutant` pass where a wrong program is noticed."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+OF = "mutant of"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if marker := item.get_closest_marker("mutant"):
+            item.user_properties.append((OF, marker.args[0]))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    ended: dict[str, tuple[str, bool]] = {}  # by test: one that passes and then fails to clean up has two reports
+    for outcome in ("passed", "failed", "error"):
+        for report in terminalreporter.getreports(outcome):
+            if of := dict(report.user_properties).get(OF):
+                ended[report.nodeid] = (of, outcome == "passed")
+    tried = Counter(of for of, _ in ended.values())
+    caught = Counter(of for of, passed in ended.values() if passed)
+    if tried:
+        counts = (f"{caught[of]} of {number} changes of {of}" for of, number in tried.items())
+        terminalreporter.write_line(f"mutants caught: {', '.join(counts)}")
