@@ -60,7 +60,10 @@ DR_FN int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class T>
 DR_FN void copy(T* to, const T* from, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+  constexpr int64_t piece = 16 / sizeof(T);
+  int64_t i = 0;
+  for (; i + piece <= n; i += piece) __builtin_memcpy(to + i, from + i, 16);
+  for (; i < n; ++i) to[i] = from[i];
 }
 
 // ---- One block -------------------------------------------------------------------------------------------------------------
@@ -154,10 +157,12 @@ DR_FN void take_block(const Scalars<typename ComputeType<Stored>::type>& h, cons
 // ---- Many blocks -----------------------------------------------------------------------------------------------------------
 
 template <class Word, class Stored>
-__attribute__((noinline)) void take_blocks(const Scalars<typename ComputeType<Stored>::type>& scalars, Pointers<Stored> at,
-                                           const Noise& source, uint32_t q, uint32_t q_high, int64_t count) {
+__attribute__((noinline)) void take_blocks(const Scalars<typename ComputeType<Stored>::type>& scalars,
+                                           const Pointers<Stored>& start, const Noise& source, uint32_t q, uint32_t q_high,
+                                           int64_t count) {
   const auto h = scalars;  // copies that no store can alias
   const Noise noise = source;
+  auto at = start;
   for (int64_t block = 0; block < count; ++block) {
     take_block<Word>(h, at, noise, q, q_high);
     at = at + kBlock<Word>;

@@ -64,6 +64,7 @@ class Watch {
     TensorView view;  // its shape and strides are at `sizes`
     size_t sizes;
     int64_t nbytes;
+    bool is_single;  // of one element
     bool has_grad;
     uintptr_t clear_grad;  // address of a gradient that was found to be clear of what is written
   };
@@ -93,7 +94,9 @@ class Watch {
     const TensorView view = read(p);
     auto grad = pybind11::reinterpret_steal<pybind11::object>(PyObject_GetAttr(p, grad_.ptr()));
     if (!grad) throw pybind11::error_already_set();
-    params_.push_back({p, view, sizes_.size(), view.nbytes(), !grad.is_none(), 0});
+    const int64_t nbytes = view.nbytes(), itemsize = int64_t(view.dtype.bits) * view.dtype.lanes / 8;
+    params_.push_back({p, view, sizes_.size(), nbytes, nbytes == itemsize, !grad.is_none(), 0});
+    ask_all_ = ask_all_ || (!grad.is_none() && is_negated(grad.ptr()));
     sizes_.insert(sizes_.end(), view.shape, view.shape + view.ndim);
     sizes_.insert(sizes_.end(), view.strides, view.strides + view.ndim);
   }
@@ -139,7 +142,8 @@ class Watch {
       if (PyDict_Size(dict) != static_cast<Py_ssize_t>(known.end - e)) return false;
       for (Py_ssize_t in = 0; PyDict_Next(dict, &in, &name, &value); ++e) {
         const Entry& entry = entries_[e];
-        if (name != entry.name || (PyLong_Check(value) ? nullptr : value) != entry.value) return false;
+        if (name != entry.name) return false;
+        if (value != entry.value && (entry.value || !PyLong_Check(value))) return false;
       }
     }
     return std::all_of(largest_.begin(), largest_.end(), [this](const Memory& noted) {
@@ -155,16 +159,22 @@ class Watch {
     for (int32_t i = 0; i < now.ndim; ++i) {
       if (now.shape[i] != shape[i] || (now.strides[i] != strides[i] && shape[i] != 1 && known.nbytes)) return false;
     }
-    // Torch keeps zeros without memory, and negations, as flags of a tensor.
-    if (known.nbytes && !now.address()) return false;
-    auto is_neg = pybind11::reinterpret_steal<pybind11::object>(
-        PyObject_VectorcallMethod(is_neg_.ptr(), &g, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
-    if (!is_neg) throw pybind11::error_already_set();
-    if (is_neg.ptr() != Py_False) return false;
+    if (known.nbytes && !now.address()) return false;  // zeros without memory
+    if ((known.is_single || ask_all_) && is_negated(g)) return false;
     if (now.address() != known.clear_grad && !is_clear(now.address(), now.address() + known.nbytes)) return false;
     known.clear_grad = now.address();
     addresses_.push_back(now.address());
     return true;
+  }
+
+  // Torch keeps a negation as a flag. One that nobody has forced comes from the imaginary part of a conjugated tensor, whose
+  // strides are even: only where there is one element can it be laid out like a parameter. To ask them all would take a quarter
+  // of a look's time; it is done where one was seen when note was taken.
+  bool is_negated(PyObject* g) const {
+    auto answer = pybind11::reinterpret_steal<pybind11::object>(
+        PyObject_VectorcallMethod(is_neg_.ptr(), &g, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
+    if (!answer) throw pybind11::error_already_set();
+    return answer.ptr() != Py_False;
   }
 
   // Spans do not overlap each other: the first that ends behind `start` is the only one to ask.
@@ -183,6 +193,7 @@ class Watch {
   std::vector<Entry> entries_;
   std::vector<Memory> largest_;  // the tensors in the state of the largest parameter
   std::vector<Span> spans_;
+  bool ask_all_ = false;              // whether a gradient was a negation when note was taken
   std::vector<uintptr_t> addresses_;  // of the gradients, at the present look
 };
 
