@@ -13,6 +13,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from deeprelax_cuda.noise import check_step
+from deeprelax_cuda.optim.describe import Notes, Seen, describe, gamma_notes, outer_notes
 from deeprelax_cuda.optim.launches import Call, Launch, Launches, Needs
 from deeprelax_cuda.optim.options import check_loop_options, resolve_seed, select_backend, warn_user
 from deeprelax_cuda.optim.scoping import gamma_of
@@ -170,6 +171,14 @@ class RelaxationOptimizer(TwoWeights):
             lines.append(f"{name} for {str(dtype).removeprefix('torch.')} parameters on {device}: {reason}")
         return "\n".join(lines)
 
+    def describe(self) -> str:
+        """Return what the options amount to, in words and numbers, with advice where a setting does nothing or does harm.
+
+        Best printed after a ``backward()``: the gradients in ``.grad`` are then compared with the noise. Nothing is changed.
+        Groups of equal numbers are described together.
+        """
+        return describe(self)
+
     # What a method adds.
 
     @abstractmethod
@@ -188,6 +197,10 @@ class RelaxationOptimizer(TwoWeights):
         if group["master_weights"] and dtype in NARROW:
             roles.append("master")
         return roles
+
+    def _notes(self, group: dict[str, Any], seen: Seen) -> Notes:
+        """Return what `describe` says of a group; a method puts its inner loop before."""
+        return gamma_notes(group) + outer_notes(group, self.SMALLEST_USEFUL_LR)
 
     # The loop.
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from deeprelax_cuda.optim.base import RelaxationOptimizer
+from deeprelax_cuda.optim.describe import Notes, Seen
+from deeprelax_cuda.optim.describe_langevin import langevin_notes
 from deeprelax_cuda.optim.options import check_choice, check_count, check_number
 from deeprelax_cuda.steps import Rounding, round_scalar
 
@@ -266,6 +268,9 @@ class EntropySGD(RelaxationOptimizer):
         if group["averaging"] == "linear":
             roles.append("period_steps")
         return roles
+
+    def _notes(self, group: dict[str, Any], seen: Seen) -> Notes:
+        return langevin_notes(group, seen) + super()._notes(group, seen)
 
     def _inner_scalars(self, group: dict[str, Any], dtype: torch.dtype, count: int) -> dict[str, Any]:
         inner_lr, gamma, averaging = float(group["inner_lr"]), float(group["gamma"]), group["averaging"]

@@ -1,0 +1,269 @@
+"""The constants of an optimizer in words and numbers, with advice where a setting does nothing or does harm.
+
+`describe` puts the text together: what all methods share is here, the rest are the `Notes` of the method. Nothing is changed.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from deeprelax_cuda.optim.constants import Momentum, half_life, momentum_gain, steps_until_below
+from deeprelax_cuda.optim.scoping import gamma_of
+from deeprelax_cuda.steps import compute_type
+
+if TYPE_CHECKING:
+    from deeprelax_cuda.optim.base import RelaxationOptimizer
+
+WIDTH = 108
+#: How the formulas write the state of a parameter.
+SYMBOLS = {"anchor": "x", "average": "m", "momentum": "v", "outer_momentum": "w"}
+#: Scoping that needs more outer steps than this to halve gamma does nothing in a training.
+SLOWEST_HALF_LIFE = 1e5
+
+
+@dataclass
+class Notes:
+    """What is to be said of a group: lines of a name, a number and words, and sentences of advice."""
+
+    lines: list[tuple[str, str, str]] = field(default_factory=list)
+    advice: list[str] = field(default_factory=list)
+
+    def line(self, name: str, number: str, words: str) -> None:
+        """Add a line."""
+        self.lines.append((name, number, words))
+
+    def advise(self, holds: bool, sentence: str) -> None:
+        """Add advice where it holds."""
+        if holds:
+            self.advice.append(sentence)
+
+    def __add__(self, other: Notes) -> Notes:
+        return Notes(self.lines + other.lines, self.advice + other.advice)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was measured on the parameters of a group.
+
+    ``gradients`` of them hold a gradient, of root mean square ``gradient_rms``: NaN where one is not finite. ``held`` gives the
+    root mean square of the live weights for each type to which they are rounded to nearest.
+    """
+
+    parameters: int
+    gradients: int
+    gradient_rms: float
+    held: dict[torch.dtype, float]
+
+
+def number(value: float) -> str:
+    """Write a quantity with 3 significant digits: 4.47e-5, 0.125, 13,900, 2.5e7."""
+    if value == 0.0 or not math.isfinite(value):
+        return f"{value:g}"
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.0f}" if 1e3 <= abs(rounded) < 1e6 else setting(rounded)
+
+
+def setting(value: float) -> str:
+    """Write the value of an option as one may type it."""
+    mantissa, exponent, power = f"{value:g}".partition("e")
+    return mantissa + (f"e{int(power)}" if exponent else "")
+
+
+def suggestion(value: float) -> str:
+    """Write a value that an option may be given, with 3 significant digits."""
+    return setting(float(f"{value:.3g}"))
+
+
+def count(n: int, noun: str) -> str:
+    """Write a whole number of things."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def outer_step(n: int, inner_steps: int) -> str:
+    """Write the number of an outer step, counted from the start of training, and of its last gradient evaluation."""
+    return f"outer step {n:,} (gradient evaluation {n * inner_steps:,})"
+
+
+def describe(optimizer: RelaxationOptimizer) -> str:
+    """Return the text of `RelaxationOptimizer.describe`."""
+    text = [f"{type(optimizer).__name__}: y live weights, x anchor (the answer), m average of y, L inner_steps, h a curvature"]
+    text += _write(_run(optimizer))
+    everyone = list(range(len(optimizer.param_groups)))
+    advice: dict[str, list[int]] = {}
+    for numbers, group in _alike(optimizer):
+        roles_of = {p.dtype: optimizer._roles(group, p.dtype) for p in group["params"]}
+        notes = optimizer._notes(group, _look(optimizer, group, roles_of)) + _cost(optimizer, group, roles_of)
+        text += [f"{_which(numbers)}: {_size(group['params'])}", *_write(notes)]
+        for sentence in notes.advice:
+            advice.setdefault(sentence, []).extend(numbers)
+    text.append("Advice" if advice else "Advice: none; every setting does something and none does harm")
+    for sentence, numbers in advice.items():
+        where = "" if sorted(numbers) == everyone else f"{_which(sorted(numbers))}: "
+        text += textwrap.wrap(where + sentence, WIDTH, initial_indent="  * ", subsequent_indent="    ", break_on_hyphens=False)
+    return "\n".join(text)
+
+
+def gamma_notes(group: dict[str, Any]) -> Notes:
+    """Say how gamma goes on: the rule that is on, and when it ends."""
+    notes = Notes()
+    gamma, floor, scoping, total = (group[name] for name in ("gamma", "gamma_min", "scoping", "gamma_total"))
+    done, inner_steps = group["outer_steps"], group["inner_steps"]
+    fixed = scoping == 0.0 and total is None
+    reached = None if not floor or fixed else steps_until_below(lambda n: gamma_after(group, n), floor, start=done)
+    if total is not None:
+        loss = inner_steps * group["initial_inner_lr"]
+        rule = f"time reversal: gamma_total={setting(total)} less {number(loss)} an outer step; gamma, scoping are ignored"
+    elif fixed:
+        rule = "fixed: scoping=0"
+    elif gamma == math.inf:
+        rule = "fixed: there is no coupling, whatever scoping is"
+    else:
+        rule = f"halves in {number(half_life(scoping))} outer steps, ln 2/ln(1 + scoping) for scoping={setting(scoping)}"
+        rule += "" if floor else "; no floor"
+    if reached is not None and reached > done:
+        rule += f"; at the floor gamma_min={setting(floor)} from {outer_step(reached, inner_steps)} on"
+    notes.line("gamma", number(gamma), rule)
+    at_floor = reached is not None and reached == done
+    notes.advise(at_floor, f"gamma is at its floor, gamma_min={setting(floor)}: its rule does nothing any more.")
+    notes.advise(fixed and floor > 0.0, f"gamma_min={setting(floor)} does nothing, as scoping=0.")
+    notes.advise(
+        total is None and math.isfinite(gamma) and SLOWEST_HALF_LIFE < half_life(scoping) < math.inf,
+        f"scoping={setting(scoping)} does nothing: gamma halves in {number(half_life(scoping))} outer steps.",
+    )
+    return notes
+
+
+def gamma_after(group: dict[str, Any], n: int) -> float:
+    """Return gamma after n outer steps from the start: by its rule, or the value that stands if they have been taken."""
+    return float(group["gamma"]) if n <= group["outer_steps"] else gamma_of({**group, "outer_steps": n})
+
+
+def outer_notes(group: dict[str, Any], smallest_lr: float) -> Notes:
+    """Say how far an outer step goes."""
+    notes = Notes()
+    lr, mu = float(group["lr"]), float(group["momentum"])
+    whole = lr * momentum_gain(Momentum(mu, nesterov=group["nesterov"]))
+    words = "lr, the part of the way from x to m that an outer step goes"
+    notes.line("outer step", number(lr), words + (f"; with momentum {setting(mu)} effectively {number(whole)}" if mu else ""))
+    if group["outer_weight_decay"]:
+        pull = whole * group["outer_weight_decay"]
+        notes.line("outer decay", number(pull), "the part of x that an outer step takes off, with momentum")
+    notes.advise(
+        lr < smallest_lr,
+        f"lr={setting(lr)} hardly moves the anchor, which is the answer: lr is the outer step, 0.1 to 1 (trainers pass "
+        "other optimizers' 5e-5; a warm-up passes 0). The step along the gradient is inner_lr.",
+    )
+    notes.advise(
+        whole > 2.0 * (1.0 + 1e-9),
+        f"lr={setting(lr)} with momentum={setting(mu)} goes {number(whole)} times the way from x to m and overshoots (lr=1 "
+        f"with momentum=0.9 diverges on LeNet): lr={suggestion(1.0 - mu)} goes it once.",
+    )
+    return notes
+
+
+def _run(optimizer: RelaxationOptimizer) -> Notes:
+    """Say where the run is, and who serves it."""
+    notes, first = Notes(), optimizer.param_groups[0]
+    position, length, done = first["position"], first["inner_steps"], first["outer_steps"]
+    words = f"inner steps of this period taken, {first['step']:,} in all; {count(done, 'outer step')} done"
+    notes.line("run", f"{position} of {length}", words)
+    if not first["train_mode"]:
+        notes.line("mode", "eval", "the parameters hold the anchor x; train() brings the live weights y back")
+    elif position:
+        notes.line("mode", "train", "the parameters hold the live weights y; eval() shows the anchor x")
+    else:
+        notes.line("mode", "train", "the parameters hold y = x: a period begins")
+    try:
+        served = [line.partition(" for ") for line in optimizer.explain().splitlines()]
+    except (RuntimeError, ValueError) as refusal:
+        served = [("none", "", str(refusal))]
+    for name, _, why in served:
+        notes.line("backend", name, why)
+    return notes
+
+
+def _cost(optimizer: RelaxationOptimizer, group: dict[str, Any], roles_of: dict[torch.dtype, list[str]]) -> Notes:
+    """Say what an outer step and the state cost, by the options: the state need not exist yet."""
+    notes = Notes()
+    notes.line("cost", f"{group['inner_steps']:,}", "gradient evaluations an outer step")
+    for dtype, roles in roles_of.items():
+        size, live = compute_type(dtype).itemsize, dtype.itemsize
+        tensors = [SYMBOLS.get(role, role) for role in roles if role != "period_steps"]
+        each = ", ".join(f"{symbol} {size}" for symbol in tensors)
+        stepped = (p for p in group["params"] if p.dtype == dtype and (p.requires_grad or optimizer.state.get(p)))
+        total = size * len(tensors)
+        copy = f"eval() adds {live} for the copy of y"
+        if not optimizer._is_training():
+            total, each, copy = total + live, f"{each}, the copy of y {live}", "train() frees the copy"
+        whole = total * sum(p.numel() for p in stepped)
+        notes.line("state", str(total), f"bytes per {_name(dtype)} element: {each}; {whole:,} bytes in all; {copy}")
+    return notes
+
+
+def _alike(optimizer: RelaxationOptimizer) -> list[tuple[list[int], dict[str, Any]]]:
+    """Return the groups, those of equal numbers as one that holds the parameters of all, with the numbers of the groups."""
+    found: dict[Any, tuple[list[int], dict[str, Any]]] = {}
+    for i, group in enumerate(optimizer.param_groups):
+        names = [name for name in group if name in optimizer.defaults or name in ("initial_gamma", "initial_inner_lr")]
+        plain = {name: float(group[name]) if isinstance(group[name], Tensor) else group[name] for name in names}
+        numbers, merged = found.setdefault(tuple(sorted(plain.items())), ([], {**group, **plain, "params": []}))
+        numbers.append(i)
+        merged["params"].extend(group["params"])
+    return list(found.values())
+
+
+@torch.no_grad()
+def _look(optimizer: RelaxationOptimizer, group: dict[str, Any], roles_of: dict[torch.dtype, list[str]]) -> Seen:
+    grads = [p.grad for p in group["params"] if p.grad is not None]
+    weights: dict[torch.dtype, list[Tensor]] = {}
+    for p in group["params"]:
+        has_master = "master" in roles_of[p.dtype]
+        if p.is_floating_point() and (has_master or p.dtype != torch.bfloat16 or group["rounding"] == "nearest"):
+            state = optimizer.state.get(p, {})
+            y = state.get("master", state.get("live", p))
+            weights.setdefault(torch.float32 if has_master else p.dtype, []).append(y)
+    return Seen(len(group["params"]), len(grads), _rms(grads), {dtype: _rms(ys) for dtype, ys in weights.items()})
+
+
+def _rms(tensors: Sequence[Tensor]) -> float:
+    """Return the root mean square of all elements together; 0 where there are none."""
+    readable = [t for t in tensors if t.layout == torch.strided and t.is_floating_point() and not t.is_meta and t.numel()]
+    wide = [torch.float32 if t.device.type == "mps" else torch.float64 for t in readable]  # the former has no float64
+    norms = [float(torch.linalg.vector_norm(t, dtype=dtype)) for t, dtype in zip(readable, wide, strict=True)]
+    if not all(map(math.isfinite, norms)):
+        return math.nan
+    return math.hypot(*norms) / math.sqrt(sum(t.numel() for t in readable) or 1)
+
+
+def _size(params: Sequence[Tensor]) -> str:
+    names = ", ".join(_name(dtype) for dtype in dict.fromkeys(p.dtype for p in params))
+    return f"{count(len(params), 'parameter')}, {count(sum(p.numel() for p in params), 'element')}" + (names and f", {names}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _which(numbers: Sequence[int]) -> str:
+    """Write the numbers of groups, neighbours as a range."""
+    runs = [[first, first] for first in numbers[:1]]
+    for i in numbers[1:]:
+        if i == runs[-1][1] + 1:
+            runs[-1][1] = i
+        else:
+            runs.append([i, i])
+    written = ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in runs)
+    return f"group{'s' if len(numbers) > 1 else ''} {written}"
+
+
+def _write(notes: Notes) -> Iterator[str]:
+    for name, value, words in notes.lines:
+        head = f"  {name:<13} {value:<9}  "
+        yield from textwrap.wrap(words, WIDTH, initial_indent=head, subsequent_indent=" " * 27, break_on_hyphens=False)
