@@ -27,6 +27,7 @@ class Look(NamedTuple):
 
     ``grads`` has an entry for every parameter, None where there is no gradient. ``fit`` says that each gradient can be read as
     it is: of the type, device, shape and layout of its parameter, with its numbers in memory, clear of all that is written.
+    (Of several elements in one piece they always are, unless ``torch._neg_view`` or ``as_strided`` forces a lazy negation.)
     ``addresses`` are then those of the gradients that there are, as the bytes of an ``array("Q")``.
     """
 

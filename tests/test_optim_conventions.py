@@ -523,10 +523,20 @@ def test_rounding_is_checked_at_each_step(
 
 
 def test_gradients_that_only_look_like_numbers_in_memory_are_written_out(make: Callable[..., EntropySGD]) -> None:
+    for shape in ((), (1,), (4,)):
+        p, q = nn.Parameter(torch.ones(shape)), nn.Parameter(torch.ones(shape))
+        optimizer, reference = make([p]), make([q])
+        imaginary = torch.complex(torch.zeros(shape), torch.ones(shape)).conj().imag
+        assert imaginary.is_neg()
+        lazy = [torch.ones(shape), imaginary, torch._efficientzerotensor(shape), imaginary.detach()]
+        for p.grad, q.grad in zip(lazy, (torch.empty(shape).copy_(g) for g in lazy), strict=True):
+            optimizer.step()
+            reference.step()
+            assert torch.equal(p, q)
     p, q = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
     optimizer, reference = make([p]), make([q])
-    lazy = [torch.ones(4), torch._neg_view(torch.ones(4)), torch._efficientzerotensor(4)]
-    for p.grad, q.grad in zip(lazy, (torch.ones(4), -torch.ones(4), torch.zeros(4)), strict=True):
+    for _ in range(3):  # laid out like the parameter all the same, from the first step on
+        p.grad, q.grad = torch._neg_view(torch.ones(4)), -torch.ones(4)
         optimizer.step()
         reference.step()
         assert torch.equal(p, q)

@@ -75,6 +75,8 @@ class RelaxationOptimizer(TwoWeights):
         Raises:
             ValueError, TypeError: an option outside its range, or one that must be equal in all groups and is not.
         """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group: expected a dict, got {type(param_group)}")
         first = self.param_groups[0] if self.param_groups else None
         shared = {name: (first or self.defaults)[name] for name in self.SHARED}
         group = {**self.defaults, **shared, **param_group}

@@ -170,9 +170,12 @@ def _make_calls(
 
 def _make_call(bucket: Bucket, group: Group, needs: Needs, states: list[State], labels: list[str]) -> Call:
     """Check the tensors of a call, their state completed, and make a plan for it."""
-    for p, label in zip(bucket.params, labels, strict=True):
-        if p.is_complex():  # said before state is made, which is real
-            raise TypeError(f"params[{label}] (shape {tuple(p.shape)}, {p.dtype}): expected a real floating dtype")
+    for p, label in zip(bucket.params, labels, strict=True):  # said before state is made, which would hide it
+        name = f"params[{label}] (shape {tuple(p.shape)}, {p.dtype})"
+        if p.is_complex():
+            raise TypeError(f"{name}: expected a real floating dtype")
+        if p.is_meta:
+            raise ValueError(f"{name}: expected a tensor with memory, got one on meta")
     states = [complete_state(own, p, needs.roles) for own, p in zip(states, bucket.params, strict=True)]
     lists: dict[str, Any] = {FIELDS[role]: [own[role] for own in states] for role in needs.roles if role in FIELDS}
     tensors = Tensors(
