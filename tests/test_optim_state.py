@@ -1,9 +1,8 @@
-"""The two sets of weights and the state of the optimizers: resuming, evaluating, and what goes wrong in a user's hands."""
+"""The two sets of weights and the state of the optimizers: copying, evaluating, and what goes wrong in a user's hands."""
 
 from __future__ import annotations
 
 import copy
-import io
 import linecache
 import pickle
 import warnings
@@ -29,34 +28,6 @@ def kind(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 # Saving, loading, copying.
-
-
-@pytest.mark.parametrize("in_eval", [False, True], ids=["train", "eval"])
-@pytest.mark.parametrize("position", range(2 * L + 1))
-def test_resume_is_bitwise(make: Callable[..., EntropySGD], kind: dict[str, Any], position: int, in_eval: bool) -> None:
-    dtype = kind.pop("dtype")
-    model = small_model(dtype)
-    optimizer = make(model.parameters(), **kind)
-    walk(model, optimizer, range(position))
-    if in_eval:
-        optimizer.eval()
-    file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-
-    other = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)).to(dtype)
-    resumed = make(other.parameters(), **{**kind, "seed": 12345})
-    other.load_state_dict(saved["model"])
-    resumed.load_state_dict(saved["optimizer"])
-    assert_equal(snapshot(other, resumed), snapshot(model, optimizer))
-    if in_eval:
-        optimizer.train()
-        resumed.train()
-    walk(model, optimizer, range(position, position + L + 1))
-    walk(other, resumed, range(position, position + L + 1))
-    assert_equal(snapshot(other, resumed), snapshot(model, optimizer))
-    assert counters(resumed) == counters(optimizer)
 
 
 def test_counters_are_plain_numbers(make: Callable[..., EntropySGD]) -> None:
