@@ -462,7 +462,7 @@ def test_add_param_group_errors(info: OptimizerInfo) -> None:
 def test_param_group_that_is_no_dict_is_refused_as_such(info: OptimizerInfo) -> None:
     optimizer = info.optim_cls([nn.Parameter(torch.ones(2))])
     for group in ([nn.Parameter(torch.ones(2))], nn.Parameter(torch.ones(2))):
-        with pytest.raises(TypeError, match="^param_group: expected a dict"):
+        with pytest.raises(TypeError, match=r"^param_group: expected a dict"):
             optimizer.add_param_group(group)
     assert len(optimizer.param_groups) == 1
 

@@ -147,6 +147,8 @@ class RelaxationOptimizer(TwoWeights):
         self._launches.commit(self.param_groups, self.state)
         if phantom:
             return False
+        if first["step"] == 0:  # weights may have been loaded since a phantom step made the state
+            self.reset_anchors_()
         for launch, numbers in zip(launches, scalars, strict=True):
             launch.call.plan.run(launch.grads, numbers, addresses=launch.addresses)
             torch.autograd.graph.increment_version(launch.call.bucket.params)
@@ -180,6 +182,21 @@ class RelaxationOptimizer(TwoWeights):
         Groups of equal numbers are described together.
         """
         return describe(self)
+
+    def _check_incoming(self, incoming: dict[str, Any]) -> None:
+        super()._check_incoming(incoming)
+        # Who reads a checkpoint into the state that other options have allocated gets only that.
+        groups = [
+            (group, p) for ours, group in zip(self.param_groups, incoming["param_groups"], strict=False) for p in ours["params"]
+        ]
+        for label, (group, p), (_, values) in zip(self._labels(), groups, self._incoming_state(incoming), strict=False):
+            missing = [role for role in self._roles(group, p.dtype) if values and role not in values]
+            if missing and group["step"] > 0:
+                warn_user(
+                    f"state_dict, params[{label}]: no {', '.join(missing)} in its state, which its group's options ask for: "
+                    "they begin anew. Was it read into an optimizer with other options?"
+                )
+                return
 
     # What a method adds.
 

@@ -124,11 +124,17 @@ class TwoWeights(Optimizer):
         if versions != {CONTRACT_VERSION}:
             found = ", ".join(map(str, versions))
             raise ValueError(f"state_dict: expected the state of contract version {CONTRACT_VERSION}, got {found}")
-        needed = ["anchor"] if incoming["param_groups"][0]["train_mode"] else ["anchor", "live"]
+        first = incoming["param_groups"][0]
+        if first["step"] > 0 and not any(incoming["state"].values()):
+            raise ValueError(f"state_dict: expected the state of its parameters after {first['step']} steps, got none")
+        needed = ["anchor"] if first["train_mode"] else ["anchor", "live"]
         for label, (p, values) in zip(self._labels(), self._incoming_state(incoming), strict=False):
             for role in needed if values else ():
                 if role not in values:
-                    raise ValueError(f'state_dict, params[{label}]: expected "{role}" in its state, got {", ".join(values)}')
+                    hint = "; was it read into an optimizer in train mode? call eval() on that first" if role == "live" else ""
+                    raise ValueError(
+                        f'state_dict, params[{label}]: expected "{role}" in its state, got {", ".join(values)}{hint}'
+                    )
             for key, value in values.items():
                 if isinstance(value, Tensor) and value.shape != p.shape:
                     shapes = f"expected the shape of its parameter, {tuple(p.shape)}, got {tuple(value.shape)}"
