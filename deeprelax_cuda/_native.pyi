@@ -4,43 +4,13 @@ from typing import Any
 
 from torch import Tensor
 
+from deeprelax_cuda.steps import Scalars
+
 class Dtype(Enum):
     float32 = ...
     float64 = ...
     bfloat16 = ...
     float16 = ...
-
-class Family(Enum):
-    langevin = ...
-    gradient_average = ...
-
-class Rounding(Enum):
-    nearest = ...
-    stochastic = ...
-
-class Step:
-    family: Family
-    inner: bool
-    outer: bool
-    eta: float
-    k: float
-    s: float
-    a: float
-    c: float
-    wd: float
-    mu: float
-    damp1: float
-    nesterov: bool
-    coupling_in_momentum: bool
-    maximize: bool
-    lr: float
-    mu_o: float
-    wd_o: float
-    kr: float
-    nesterov_o: bool
-    seed: int
-    step: int
-    rounding: Rounding
 
 class Table:
     def __init__(
@@ -57,7 +27,7 @@ class Table:
         outer_momenta: Sequence[int],
         consensus: Sequence[int],
     ) -> None: ...
-    def run(self, grads: bytes, step: Step, inv_scale: int, found_inf: int, threads: int) -> None: ...
+    def run(self, grads: bytes, scalars: Scalars, inv_scale: int, found_inf: int, threads: int) -> None: ...
 
 class Watch:
     def __init__(

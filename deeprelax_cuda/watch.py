@@ -39,9 +39,10 @@ class Look(NamedTuple):
 class Watch(Protocol):
     """Takes note of parameters and their state when it is made, and at each look compares them with that.
 
-    Compared are: every parameter object, its memory, type, device, shape and strides; whether it has a gradient; the state's
-    dicts and the tensors in them, and the memory of those of the largest parameter, since who moves state moves all of it.
-    Plain numbers in the state are not: they count.
+    Compared are: every parameter object, its memory, and whether it has a gradient; its type, device, shape and strides, though
+    of a parameter of one dimension it will do that the gradient has those that were noted; the state's dicts and the tensors in
+    them, and the memory of those of the largest parameter, since who moves state moves all of it. Plain numbers in the state
+    are not: they count.
     """
 
     def look(self, groups: Sequence[list[Tensor]], state: State) -> Look | None:
@@ -62,12 +63,21 @@ class NativeWatch:
 
     def __init__(self, exchange: object, groups: Sequence[list[Tensor]], state: State, written: Sequence[Tensor]) -> None:
         self._held = list(_objects(groups, state))
-        self._native = native.module.Watch(exchange, groups, state, written)
+        self._native = native.module.Watch(exchange, _address_function(), groups, state, written)
 
     def look(self, groups: Sequence[list[Tensor]], state: State) -> Look | None:
         """Return what is to be seen; see `Watch`."""
         seen = self._native.look(groups, state)
         return None if seen is None else Look(*seen)
+
+
+def _address_function() -> int:
+    """Return the function through which the code that torch generates reads the address of a tensor, 0 where torch has none.
+
+    It is not public, so nothing depends on it but speed; each watch holds its answers against DLPack's.
+    """
+    guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+    return int(getattr(guards, "_torchinductor_pyobject_tensor_data_ptr", 0))
 
 
 class PythonWatch:

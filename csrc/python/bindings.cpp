@@ -4,6 +4,7 @@
 
 #include <array>
 #include <stdexcept>
+#include <string_view>
 #include <vector>
 
 #include "deeprelax/deeprelax.h"
@@ -15,6 +16,20 @@ using namespace deeprelax;
 namespace {
 
 using Addresses = std::vector<uintptr_t>;
+
+Step step_of(const py::object& scalars) {
+  Step step;
+#define DR_FIELD(name) step.name = scalars.attr(#name).cast<decltype(step.name)>()
+  DR_FIELD(inner), DR_FIELD(outer), DR_FIELD(eta), DR_FIELD(k), DR_FIELD(s), DR_FIELD(a), DR_FIELD(c), DR_FIELD(wd);
+  DR_FIELD(mu), DR_FIELD(damp1), DR_FIELD(nesterov), DR_FIELD(coupling_in_momentum), DR_FIELD(maximize), DR_FIELD(lr);
+  DR_FIELD(mu_o), DR_FIELD(wd_o), DR_FIELD(kr), DR_FIELD(nesterov_o), DR_FIELD(seed), DR_FIELD(step);
+#undef DR_FIELD
+  const bool langevin = scalars.attr("family").cast<std::string_view>() == "langevin";
+  step.family = langevin ? Family::langevin : Family::gradient_average;
+  const bool stochastic = scalars.attr("rounding").cast<std::string_view>() == "stochastic";
+  step.rounding = stochastic ? Rounding::stochastic : Rounding::nearest;
+  return step;
+}
 
 // The tensors of a plan, without the gradients, whose addresses come with each step.
 class Table {
@@ -40,8 +55,9 @@ class Table {
     }
   }
 
-  // `grads`: the addresses of the gradients, as the bytes of an array of uintptr_t.
-  void run(const py::bytes& grads, Step step, uintptr_t inv_scale, uintptr_t found_inf, int threads) const {
+  // grads: their addresses, as the bytes of an array of uintptr_t; scalars: a Scalars of steps.py.
+  void run(const py::bytes& grads, const py::object& scalars, uintptr_t inv_scale, uintptr_t found_inf, int threads) const {
+    Step step = step_of(scalars);
     if (static_cast<size_t>(PyBytes_GET_SIZE(grads.ptr())) != (step.inner ? tensors_.size() * sizeof(uintptr_t) : 0))
       throw std::invalid_argument("grads: one address per tensor of an inner step");
     step.inv_scale = reinterpret_cast<const void*>(inv_scale);
@@ -74,23 +90,13 @@ PYBIND11_MODULE(_native, m) {
       .value("float64", Dtype::float64)
       .value("bfloat16", Dtype::bfloat16)
       .value("float16", Dtype::float16);
-  py::enum_<Family>(m, "Family").value("langevin", Family::langevin).value("gradient_average", Family::gradient_average);
-  py::enum_<Rounding>(m, "Rounding").value("nearest", Rounding::nearest).value("stochastic", Rounding::stochastic);
-  py::class_<Step> step(m, "Step");
-  step.def(py::init<>());
-#define DR_FIELD(name) step.def_readwrite(#name, &Step::name)
-  DR_FIELD(family), DR_FIELD(inner), DR_FIELD(outer), DR_FIELD(eta), DR_FIELD(k), DR_FIELD(s), DR_FIELD(a), DR_FIELD(c);
-  DR_FIELD(wd), DR_FIELD(mu), DR_FIELD(damp1), DR_FIELD(nesterov), DR_FIELD(coupling_in_momentum), DR_FIELD(maximize);
-  DR_FIELD(lr), DR_FIELD(mu_o), DR_FIELD(wd_o), DR_FIELD(kr), DR_FIELD(nesterov_o), DR_FIELD(seed), DR_FIELD(rounding);
-  DR_FIELD(step);
-#undef DR_FIELD
   py::class_<Table>(m, "Table")
       .def(py::init<Dtype, const std::vector<int64_t>&, const std::vector<uint32_t>&,
                     const std::vector<std::array<int64_t, 3>>&, const Addresses&, const Addresses&, const Addresses&,
                     const Addresses&, const Addresses&, const Addresses&, const Addresses&>())
       .def("run", &Table::run);
   py::class_<Watch>(m, "Watch")
-      .def(py::init<const py::object&, const py::list&, const py::dict&, const py::list&>())
+      .def(py::init<const py::object&, uintptr_t, const py::list&, const py::dict&, const py::list&>())
       .def("look", &Watch::look);
   m.def("gaussian",
         [](uintptr_t out, int64_t numel, uint64_t seed, uint32_t step, uint32_t stream, int64_t offset, int threads) {

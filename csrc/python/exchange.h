@@ -40,11 +40,13 @@ struct TensorView {
   }
 };
 
-// The function table behind `__dlpack_c_exchange_api__` of a tensor class.
+// The function table behind `__dlpack_c_exchange_api__` of a tensor class. `address_of`, where it is not 0, is a function of
+// the library that returns a tensor's address alone, ten times as fast.
 class Exchange {
  public:
-  explicit Exchange(const pybind11::object& capsule)
-      : table_(static_cast<const Table*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"))) {
+  Exchange(const pybind11::object& capsule, uintptr_t address_of)
+      : table_(static_cast<const Table*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"))),
+        address_of_(reinterpret_cast<void* (*)(PyObject*)>(address_of)) {
     if (!table_) throw pybind11::error_already_set();
     if (table_->version.major != 1 || !table_->view)
       throw pybind11::value_error("no DLPack exchange API of version 1 with views");
@@ -55,6 +57,13 @@ class Exchange {
     if (table_->view(tensor, &out) == 0) return true;
     PyErr_Clear();
     return false;
+  }
+
+  // The address of a tensor that has been viewed before; 0 where it has none now.
+  uintptr_t address(PyObject* tensor) const {
+    if (address_of_) return reinterpret_cast<uintptr_t>(address_of_(tensor));
+    TensorView now;
+    return view(tensor, now) ? now.address() : 0;
   }
 
  private:
@@ -68,6 +77,7 @@ class Exchange {
     void* current_stream;
   };
   const Table* table_;
+  void* (*address_of_)(PyObject*);
 };
 
 }  // namespace deeprelax

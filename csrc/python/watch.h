@@ -15,9 +15,9 @@ namespace deeprelax {
 class Watch {
  public:
   // groups: the lists of parameters; state: each parameter's dict; written: dense tensors that gradients must not overlap.
-  Watch(const pybind11::object& exchange, const pybind11::list& groups, const pybind11::dict& state,
+  Watch(const pybind11::object& exchange, uintptr_t address_of, const pybind11::list& groups, const pybind11::dict& state,
         const pybind11::list& written)
-      : exchange_(exchange) {
+      : exchange_(exchange, address_of) {
     for (auto group : groups) {
       for (auto p : group) note_param(p.ptr());
       ends_of_groups_.push_back(params_.size());
@@ -25,9 +25,12 @@ class Watch {
     note_state(state);
     for (auto t : written) {
       const TensorView view = read(t.ptr());
-      if (view.nbytes()) spans_.push_back({view.address(), view.address() + view.nbytes()});
+      if (!view.nbytes()) continue;
+      starts_.push_back(view.address());
+      ends_.push_back(view.address() + static_cast<uintptr_t>(view.nbytes()));
     }
-    std::sort(spans_.begin(), spans_.end());
+    std::sort(starts_.begin(), starts_.end());  // disjoint, so that each stays with its end
+    std::sort(ends_.begin(), ends_.end());
   }
 
   // Returns (grads, fit, addresses) as a Look of watch.py, or None where anything but the gradients has changed.
@@ -45,12 +48,16 @@ class Watch {
       for (Py_ssize_t j = 0; i < end && j < PyList_GET_SIZE(params.ptr()); ++i, ++j) {
         Param& known = params_[i];
         PyObject* p = PyList_GET_ITEM(params.ptr(), j);
-        if (p != known.object || !is_as_noted(p, known)) return pybind11::none();
-        PyObject* g = PyObject_GetAttr(p, grad_.ptr());
-        if (!g) throw pybind11::error_already_set();
+        if (p != known.object || exchange_.address(p) != known.view.address()) return pybind11::none();
+        PyObject* g = gradient(p);
         PyList_SET_ITEM(grads.ptr(), static_cast<Py_ssize_t>(i), g);
         if ((g != Py_None) != known.has_grad) return pybind11::none();
-        if (known.has_grad && fit) fit = can_be_read(g, known);
+        if (!known.has_grad) continue;
+        const bool fits = can_be_read(g, known);
+        // A gradient is like its parameter was when it came: what fits the gradient need not be asked of the parameter, unless
+        // the parameter could have been laid out anew at its old address.
+        if ((!fits || known.view.ndim > 1) && !is_as_noted(p, known)) return pybind11::none();
+        fit = fit && fits;
       }
     }
     if (!is_as_noted(state)) return pybind11::none();
@@ -79,10 +86,20 @@ class Watch {
     PyObject* tensor;
     uintptr_t address;
   };
-  struct Span {
-    uintptr_t start, end;
-    bool operator<(const Span& other) const { return start < other.start; }
-  };
+
+  // p.grad, through the descriptor of p's class, which is looked up once.
+  PyObject* gradient(PyObject* p) {
+    if (PyTypeObject* type = Py_TYPE(p); type != type_) {
+      type_ = type;
+      descriptor_ = pybind11::getattr(reinterpret_cast<PyObject*>(type), grad_);
+    }
+    PyTypeObject* kind = Py_TYPE(descriptor_.ptr());
+    PyObject* g = kind->tp_descr_get && kind->tp_descr_set
+                      ? kind->tp_descr_get(descriptor_.ptr(), p, reinterpret_cast<PyObject*>(type_))
+                      : PyObject_GetAttr(p, grad_.ptr());
+    if (!g) throw pybind11::error_already_set();
+    return g;
+  }
 
   TensorView read(PyObject* tensor) const {
     TensorView view;
@@ -92,6 +109,7 @@ class Watch {
 
   void note_param(PyObject* p) {
     const TensorView view = read(p);
+    if (exchange_.address(p) != view.address()) throw pybind11::value_error("a tensor with two addresses");
     auto grad = pybind11::reinterpret_steal<pybind11::object>(PyObject_GetAttr(p, grad_.ptr()));
     if (!grad) throw pybind11::error_already_set();
     const int64_t nbytes = view.nbytes(), itemsize = int64_t(view.dtype.bits) * view.dtype.lanes / 8;
@@ -124,7 +142,7 @@ class Watch {
 
   bool is_as_noted(PyObject* p, const Param& known) const {
     TensorView now;
-    if (!exchange_.view(p, now) || now.address() != known.view.address()) return false;
+    if (!exchange_.view(p, now)) return false;
     const int64_t* sizes = sizes_.data() + known.sizes;
     const size_t bytes = known.view.ndim * sizeof(int64_t);
     return now.is_of_kind(known.view) && std::memcmp(now.shape, sizes, bytes) == 0 &&
@@ -139,17 +157,16 @@ class Watch {
       const State& known = states_[s];
       if (param != known.param || dict != known.dict) return false;
       if (!PyDict_Check(dict)) continue;
-      if (PyDict_Size(dict) != static_cast<Py_ssize_t>(known.end - e)) return false;
       for (Py_ssize_t in = 0; PyDict_Next(dict, &in, &name, &value); ++e) {
+        if (e == known.end) return false;
         const Entry& entry = entries_[e];
         if (name != entry.name) return false;
         if (value != entry.value && (entry.value || !PyLong_Check(value))) return false;
       }
+      if (e != known.end) return false;
     }
-    return std::all_of(largest_.begin(), largest_.end(), [this](const Memory& noted) {
-      TensorView now;
-      return exchange_.view(noted.tensor, now) && now.address() == noted.address;
-    });
+    return std::all_of(largest_.begin(), largest_.end(),
+                       [this](const Memory& noted) { return exchange_.address(noted.tensor) == noted.address; });
   }
 
   bool can_be_read(PyObject* g, Param& known) {
@@ -177,24 +194,36 @@ class Watch {
     return answer.ptr() != Py_False;
   }
 
-  // Spans do not overlap each other: the first that ends behind `start` is the only one to ask.
-  bool is_clear(uintptr_t start, uintptr_t end) const {
-    const auto span = std::upper_bound(spans_.begin(), spans_.end(), start,
-                                       [](uintptr_t address, const Span& span) { return address < span.end; });
-    return start == end || span == spans_.end() || end <= span->start;
+  // Written memory does not overlap: the first stretch that ends behind `start` is the only one to ask. Often it is that of the
+  // gradient before; else a search without a branch, as nobody could predict it.
+  bool is_clear(uintptr_t start, uintptr_t end) {
+    const size_t count = ends_.size();
+    if ((behind_ > 0 && ends_[behind_ - 1] > start) || (behind_ < count && ends_[behind_] <= start)) {
+      behind_ = 0;
+      for (size_t rest = count; rest;) {
+        const size_t half = rest / 2;
+        const bool before = ends_[behind_ + half] <= start;
+        behind_ += before ? half + 1 : 0;
+        rest = before ? rest - half - 1 : half;
+      }
+    }
+    return start == end || behind_ == count || end <= starts_[behind_];
   }
 
   Exchange exchange_;
+  PyTypeObject* type_ = nullptr;
+  pybind11::object descriptor_;
   pybind11::str grad_{"grad"}, is_neg_{"is_neg"};
   std::vector<Param> params_;
   std::vector<size_t> ends_of_groups_;
   std::vector<int64_t> sizes_;
   std::vector<State> states_;
   std::vector<Entry> entries_;
-  std::vector<Memory> largest_;  // the tensors in the state of the largest parameter
-  std::vector<Span> spans_;
-  bool ask_all_ = false;              // whether a gradient was a negation when note was taken
-  std::vector<uintptr_t> addresses_;  // of the gradients, at the present look
+  std::vector<Memory> largest_;           // the tensors in the state of the largest parameter
+  std::vector<uintptr_t> starts_, ends_;  // of the memory that is written
+  size_t behind_ = 0;                     // the stretch that the last gradient was held against
+  bool ask_all_ = false;                  // whether a gradient was a negation when note was taken
+  std::vector<uintptr_t> addresses_;      // of the gradients, at the present look
 };
 
 }  // namespace deeprelax

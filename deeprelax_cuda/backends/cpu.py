@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -15,9 +14,6 @@ from deeprelax_cuda.native import module as _native
 from deeprelax_cuda.steps import STORED, Scalars, Tensors
 
 NAME = "cpu"
-
-#: The fields of `Scalars` that the native step has under the same names, as numbers.
-_NUMBERS = [field.name for field in fields(Scalars) if field.name not in ("family", "rounding")]
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -66,14 +62,9 @@ class CpuPlan:
         """Take the step; see `deeprelax_cuda.steps.Plan`."""
         if self._table is None:
             return
-        step = _native.Step()
-        for name in _NUMBERS:
-            setattr(step, name, getattr(scalars, name))
-        step.family = getattr(_native.Family, scalars.family)
-        step.rounding = getattr(_native.Rounding, scalars.rounding)
         self._table.run(
             array("Q", map(Tensor.data_ptr, grads)).tobytes() if addresses is None else addresses,
-            step,
+            scalars,
             0 if inv_scale is None else inv_scale.data_ptr(),
             0 if found_inf is None else found_inf.data_ptr(),
             torch.get_num_threads(),
