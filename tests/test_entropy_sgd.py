@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -213,6 +214,36 @@ def test_gamma_set_by_hand_lasts_while_no_rule_is_on() -> None:
         assert optimizer.param_groups[0]["gamma"] == expected
 
 
+@pytest.mark.parametrize("gamma_min", [0.0, 0.2])
+def test_scoping_into_divergence_is_said_once_and_in_time(gamma_min: float) -> None:
+    """Nesterov with 0.9 diverges from inner_lr/gamma = 1.357 on, so at inner_lr 0.1 below gamma 0.0737."""
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = EntropySGD([p], inner_steps=1, gamma=1.0, scoping=1.0, gamma_min=gamma_min, temperature=0.0)
+    said_at = []
+    for n in range(1, 8):
+        p.grad = torch.ones(3)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        if caught:
+            assert ["diverge from now on" in str(warning.message) for warning in caught] == [True]
+            said_at.append(n)
+    assert said_at == ([] if gamma_min else [4]), "1/2, 1/4, 1/8, 1/16 = 0.0625"
+
+
+@pytest.mark.parametrize(("name", "value"), [("temperature", -1.0), ("averaging", "mean"), ("gamma", -2.0), ("lr", math.inf)])
+def test_numbers_set_by_hand_are_refused_by_name(name: str, value: Any) -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = EntropySGD([p], scoping=0.0)
+    p.grad = torch.ones(3)
+    optimizer.param_groups[0][name] = value
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        optimizer.step()
+    assert torch.equal(p, torch.ones(3))
+    assert not optimizer.state
+
+
+@pytest.mark.filterwarnings("ignore:gamma=.* diverge")
 def test_gamma_that_scoping_shrank_to_nothing_is_refused() -> None:
     p = torch.nn.Parameter(torch.ones(3))
     optimizer = EntropySGD([p], inner_steps=1, scoping=1e200)

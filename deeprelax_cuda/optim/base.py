@@ -67,7 +67,7 @@ class RelaxationOptimizer(TwoWeights):
     def _forget(self) -> None:
         """Set what is neither saved nor copied, and what nothing but speed and the number of warnings depends on."""
         self._launches = Launches()
-        self._warned_eval = False
+        self._warned_eval = self._warned_diverging = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, also in mid-training; options that it does not give are the optimizer's.
@@ -217,6 +217,9 @@ class RelaxationOptimizer(TwoWeights):
             roles.append("master")
         return roles
 
+    def _moved_anchor(self) -> None:
+        """Say what the values that follow the outer steps have come to; most methods have nothing to say."""
+
     def _notes(self, group: dict[str, Any], seen: Seen) -> Notes:
         """Return what `describe` says of a group; a method puts its inner loop before."""
         return gamma_notes(group) + outer_notes(group, self.SMALLEST_USEFUL_LR)
@@ -278,6 +281,7 @@ class RelaxationOptimizer(TwoWeights):
                 group["gamma"] = gamma_of(group)
         if outer:
             self._start_period()
+            self._moved_anchor()
 
 
 def _evaluate(closure: Callable[[], float] | None) -> float | None:

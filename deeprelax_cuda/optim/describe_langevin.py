@@ -28,14 +28,25 @@ FAINT_NOISE, USEFUL_NOISE = 1e-3, 0.1
 CURVATURES = (0.01, 0.1, 1.0)
 
 
-def langevin_notes(group: dict[str, Any], seen: Seen) -> Notes:
-    """Say what the options of a group amount to in its inner loop, next to the gradients where there are some."""
-    momentum = Momentum(
+def inner_momentum(group: dict[str, Any]) -> Momentum:
+    """Return the momentum of the inner loop of a group."""
+    return Momentum(
         mu=float(group["inner_momentum"]),
         damp1=1.0 - group["dampening"],
         nesterov=bool(group["nesterov"]),
         sees_coupling=bool(group["coupling_in_momentum"]),
     )
+
+
+def coupling_diverges(group: dict[str, Any]) -> bool:
+    """Whether the coupling alone makes the inner steps diverge: inner_lr/gamma is at its stability limit or above."""
+    limit = stability_limit(inner_momentum(group), coupling=True)
+    return float(group["inner_lr"]) >= limit * float(group["gamma"])
+
+
+def langevin_notes(group: dict[str, Any], seen: Seen) -> Notes:
+    """Say what the options of a group amount to in its inner loop, next to the gradients where there are some."""
+    momentum = inner_momentum(group)
     notes = _step(group, momentum) + _noise(group, momentum, seen) + _digits(group, momentum, seen)
     return notes + _temperature(group, momentum) + _coupling(group, momentum) + _average(group)
 

@@ -11,8 +11,8 @@ from torch.optim.optimizer import ParamsT
 
 from deeprelax_cuda.optim.base import RelaxationOptimizer
 from deeprelax_cuda.optim.describe import Notes, Seen
-from deeprelax_cuda.optim.describe_langevin import langevin_notes
-from deeprelax_cuda.optim.options import check_choice, check_count, check_number
+from deeprelax_cuda.optim.describe_langevin import coupling_diverges, langevin_notes
+from deeprelax_cuda.optim.options import check_choice, check_count, check_number, warn_user
 from deeprelax_cuda.steps import Rounding, round_scalar
 
 
@@ -40,7 +40,8 @@ class EntropySGD(RelaxationOptimizer):
         gamma: the width of the relaxation; the coupling of y to x has stiffness 1/gamma. ``inf``: no coupling. The group's
             "gamma" is its current value.
         scoping: after n outer steps gamma is ``max(gamma_min, gamma / (1 + scoping)**n)``. 0: gamma stays.
-        gamma_min: the floor of gamma. Keep 1/gamma well under 1/inner_lr: a stiffer coupling makes the inner steps diverge.
+        gamma_min: the floor of gamma. Keep 1/gamma well under 1/inner_lr: a stiffer coupling makes the inner steps diverge,
+            which is warned of once when scoping gets there.
         gamma_total: the other rule, time reversal: gamma is ``max(gamma_min, gamma_total - n*inner_steps*inner_lr)``, with the
             initial inner_lr. It needs ``0 < gamma_min < gamma_total``; ``gamma`` and ``scoping`` are then ignored.
         temperature: T, so that the noise of an inner step has the standard deviation sqrt(2*inner_lr*T) and y samples
@@ -276,19 +277,35 @@ class EntropySGD(RelaxationOptimizer):
         inner_lr, gamma, averaging = float(group["inner_lr"]), float(group["gamma"]), group["averaging"]
         if not gamma > 0.0:
             raise ValueError(f"gamma: expected a number above 0, got {gamma}; gamma_min keeps scoping above 0")
-        a = {"linear": 1.0 / count, "last": 1.0}[averaging] if isinstance(averaging, str) else 1.0 - float(averaging)
+        variance = 2.0 * inner_lr * float(group["temperature"])
+        if variance < 0.0:
+            raise ValueError(f"temperature: expected 0 or more with inner_lr={inner_lr}, got {group['temperature']}")
+        if isinstance(averaging, str):
+            check_choice("averaging", averaging, ("linear", "last"))
+            a = 1.0 / count if averaging == "linear" else 1.0
+        else:
+            a = 1.0 - float(averaging)
         mu = round_scalar("inner_momentum", group["inner_momentum"], dtype)
         return {
             "family": "langevin",
             "eta": round_scalar("inner_lr", inner_lr, dtype),
             "k": round_scalar("1/gamma", 1.0 / gamma, dtype),
-            "s": round_scalar("noise std", math.sqrt(2.0 * inner_lr * float(group["temperature"])), dtype),
+            "s": round_scalar("noise std", math.sqrt(variance), dtype),
             "a": round_scalar("1 - averaging", a, dtype),
             "mu": mu,
             "damp1": round_scalar("1 - dampening", 1.0 - group["dampening"], dtype),
             "nesterov": bool(group["nesterov"]) and mu != 0.0,
             "coupling_in_momentum": bool(group["coupling_in_momentum"]),
         }
+
+    def _moved_anchor(self) -> None:
+        for i, group in enumerate(self.param_groups):
+            if coupling_diverges(group) and not self._warned_diverging:
+                self._warned_diverging = True
+                warn_user(
+                    f"gamma={group['gamma']:.3g} in group {i}: so stiff a coupling makes the inner steps diverge from now on; "
+                    "set gamma_min, describe() says to what"
+                )
 
     def _start_period(self) -> None:
         super()._start_period()
