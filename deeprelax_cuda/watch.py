@@ -102,7 +102,7 @@ class PythonWatch:
 
     def _read(self, groups: Sequence[list[Tensor]], state: State) -> list[Any]:
         params = list(chain.from_iterable(groups))
-        largest = max((p for p in state if state[p]), key=Tensor.numel, default=None)
+        largest = max((p for p, own in state.items() if isinstance(own, dict) and own), key=Tensor.numel, default=None)
         own = () if largest is None else state[largest].values()
         return [
             [len(group) for group in groups],
@@ -128,7 +128,7 @@ def _objects(groups: Sequence[list[Tensor]], state: State) -> Iterator[object]:
     for p, own in state.items():
         yield p
         yield own
-        for name, value in own.items():
+        for name, value in own.items() if isinstance(own, dict) else ():  # else it is something of the user's
             yield name
             if not isinstance(value, int):
                 yield value

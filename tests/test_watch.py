@@ -53,6 +53,7 @@ class Scene:
             anchor = p.detach().to(torch.float32, copy=True)
             self.state[p] = {"anchor": anchor, "average": anchor.clone(), "period_steps": 0}
         self.written = [*self.trained, *(t for own in self.state.values() for t in own.values() if isinstance(t, Tensor))]
+        self.state["mine"] = 7  # something of the user's
         self.watch = KINDS[kind](self.groups, self.state, self.written)
 
     def look(self) -> Any:

@@ -190,8 +190,9 @@ class RelaxationOptimizer(TwoWeights):
             (group, p) for ours, group in zip(self.param_groups, incoming["param_groups"], strict=False) for p in ours["params"]
         ]
         for label, (group, p), (_, values) in zip(self._labels(), groups, self._incoming_state(incoming), strict=False):
-            missing = [role for role in self._roles(group, p.dtype) if values and role not in values]
-            if missing and group["step"] > 0:
+            asked_for = self._roles({**self.defaults, **group}, p.dtype)
+            missing = [role for role in asked_for if values and role not in values]
+            if missing and group.get("step", 0) > 0:
                 warn_user(
                     f"state_dict, params[{label}]: no {', '.join(missing)} in its state, which its group's options ask for: "
                     "they begin anew. Was it read into an optimizer with other options?"

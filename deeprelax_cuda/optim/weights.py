@@ -125,9 +125,9 @@ class TwoWeights(Optimizer):
             found = ", ".join(map(str, versions))
             raise ValueError(f"state_dict: expected the state of contract version {CONTRACT_VERSION}, got {found}")
         first = incoming["param_groups"][0]
-        if first["step"] > 0 and not any(incoming["state"].values()):
+        if first.get("step", 0) > 0 and not any(incoming["state"].values()):
             raise ValueError(f"state_dict: expected the state of its parameters after {first['step']} steps, got none")
-        needed = ["anchor"] if first["train_mode"] else ["anchor", "live"]
+        needed = ["anchor"] if first.get("train_mode", True) else ["anchor", "live"]
         for label, (p, values) in zip(self._labels(), self._incoming_state(incoming), strict=False):
             for role in needed if values else ():
                 if role not in values:
