@@ -186,7 +186,7 @@ def _suspects(items: Sequence[Tensor], params: Sequence[Tensor], dtype: torch.dt
         or t.stride() != p.stride()
         or t.device != device
         or t.is_neg()
-        or t._is_zerotensor()
+        or not t.data_ptr()
     ]
 
 
@@ -204,13 +204,18 @@ def _check_shape(name: str, t: Tensor, p: Tensor) -> None:
 
 
 def _is_written_out(t: Tensor) -> bool:
-    """Whether the numbers of ``t`` are those in its memory: torch keeps a negation and zeros without memory as flags."""
-    return not (t.is_neg() or t._is_zerotensor())
+    """Whether the numbers of ``t`` are those in its memory.
+
+    Torch keeps a negation and zeros without memory as flags; a tensor that wraps others, such as the result of a functional
+    collective that may not have arrived yet, has no memory of its own.
+    """
+    return not t.is_neg() and (t.numel() == 0 or t.data_ptr() != 0)
 
 
 def _check_written_out(name: str, t: Tensor) -> None:
     if not _is_written_out(t):
-        raise ValueError(f"{_describe(name, t)}: expected the numbers in memory, got a lazy negation or zeros without memory")
+        lazy = "a lazy negation, zeros without memory or a wrapper of other tensors"
+        raise ValueError(f"{_describe(name, t)}: expected the numbers in memory of its own, got {lazy}")
 
 
 def _is_dense(t: Tensor) -> bool:

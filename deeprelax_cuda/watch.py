@@ -21,6 +21,9 @@ from deeprelax_cuda import native
 
 State = Mapping[Tensor, Mapping[str, Any]]
 
+#: Bytes; the native watch has the same number.
+SMALL = 4096
+
 
 class Look(NamedTuple):
     """What a look saw, where nothing but the gradients has changed.
@@ -39,10 +42,11 @@ class Look(NamedTuple):
 class Watch(Protocol):
     """Takes note of parameters and their state when it is made, and at each look compares them with that.
 
-    Compared are: every parameter object, its memory, and whether it has a gradient; its type, device, shape and strides, though
-    of a parameter of one dimension it will do that the gradient has those that were noted; the state's dicts and the tensors in
-    them, and the memory of those of the largest parameter, since who moves state moves all of it. Plain numbers in the state
-    are not: they count.
+    Compared are every parameter object and its memory, whether it has a gradient, its type, device, shape and strides; the
+    state's dicts and the tensors in them. Plain numbers in the state are not: they count. Of parameters up to `SMALL` bytes
+    less is asked, because to ask costs more than to take their step: with one dimension it will do that the gradient has the
+    type and shape that were noted, and the state's memory is not compared unless it is the largest there is. It is kept alive
+    instead, so that nothing else can come to lie there.
     """
 
     def look(self, groups: Sequence[list[Tensor]], state: State) -> Look | None:
@@ -53,7 +57,7 @@ def make_watch(groups: Sequence[list[Tensor]], state: State, written: Sequence[T
     """Return a watch over the parameters of each group and their ``state``; ``written`` are dense and do not overlap."""
     exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if native.module is not None and exchange is not None:
-        with contextlib.suppress(ValueError):  # a tensor that DLPack cannot describe
+        with contextlib.suppress(ValueError, TypeError):  # a tensor that DLPack cannot describe, a state that is no dict
             return NativeWatch(exchange, groups, state, written)
     return PythonWatch(groups, state, written)
 
@@ -63,6 +67,7 @@ class NativeWatch:
 
     def __init__(self, exchange: object, groups: Sequence[list[Tensor]], state: State, written: Sequence[Tensor]) -> None:
         self._held = list(_objects(groups, state))
+        self._held += [t.untyped_storage() for t in written if t.nbytes <= SMALL]
         self._native = native.module.Watch(exchange, _address_function(), groups, state, written)
 
     def look(self, groups: Sequence[list[Tensor]], state: State) -> Look | None:
@@ -101,13 +106,11 @@ class PythonWatch:
         return Look(grads, fit, array("Q", addresses).tobytes())
 
     def _read(self, groups: Sequence[list[Tensor]], state: State) -> list[Any]:
-        params = list(chain.from_iterable(groups))
-        largest = max((p for p, own in state.items() if isinstance(own, dict) and own), key=Tensor.numel, default=None)
-        own = () if largest is None else state[largest].values()
+        own = (value for values in state.values() if isinstance(values, dict) for value in values.values())
         return [
             [len(group) for group in groups],
-            [(p.data_ptr(), p.dtype, p.device, p.shape, p.stride(), p.grad is None) for p in params],
-            [t.data_ptr() for t in own if isinstance(t, Tensor)],
+            [(*_facts(p), p.grad is None) for p in chain.from_iterable(groups)],
+            [_address(t) for t in own if isinstance(t, Tensor)],
         ]
 
     def _can_be_read(self, g: Tensor, p: Tensor) -> bool:
@@ -120,6 +123,17 @@ class PythonWatch:
         behind = bisect.bisect_right(self._ends, start)
         clear = behind == len(self._ends) or start + g.nbytes <= self._starts[behind]
         return laid_out and start != 0 and not g.is_neg() and clear
+
+
+def _facts(t: Tensor) -> tuple[Any, ...]:
+    try:
+        return t.data_ptr(), t.dtype, t.device, t.shape, t.stride()
+    except (RuntimeError, ValueError, NotImplementedError):  # a sparse or an uninitialized one, say, which nobody trains
+        return ()
+
+
+def _address(t: Tensor) -> int:
+    return next(iter(_facts(t)), 0)
 
 
 def _objects(groups: Sequence[list[Tensor]], state: State) -> Iterator[object]:

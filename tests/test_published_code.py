@@ -149,6 +149,7 @@ MUTANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("change", MUTANTS.values(), ids=MUTANTS)
+@pytest.mark.filterwarnings("ignore:gamma=.* diverge")
 def test_every_mutant_of_the_mapping_is_caught(change: dict[str, Any], nesterov: bool) -> None:
     config = {**ALL, "nesterov": nesterov}
     want = witness(**config)

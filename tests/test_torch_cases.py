@@ -775,11 +775,10 @@ def test_load_lr_as_number_or_tensor(case: Case) -> None:
         assert same_run(other, loaded, goes_on, reference)
 
 
+@pytest.mark.filterwarnings("ignore:state_dict, params.* no master")  # float32 parameters have none
 @pytest.mark.parametrize("dtype", [BF16, F16, F64], ids=str)
 @over_cases
 def test_state_dict_with_casting_params(case: Case, dtype: torch.dtype) -> None:
-    if dtype == F16 and case.options.get("rounding") == "stochastic":
-        pytest.skip("refused")
     problem = Problem()
     optimizer = case(problem.params)
     problem.walk(optimizer, 4)
@@ -797,6 +796,10 @@ def test_state_dict_with_casting_params(case: Case, dtype: torch.dtype) -> None:
         for role, value in optimizer.state[p].items():
             wanted = value.to(compute_type(dtype)) if isinstance(value, Tensor) else value
             assert same(loaded.state[q][role], wanted), "narrow parameters keep the float32 of the state bit for bit"
+    if dtype == F16 and case.options.get("rounding") == "stochastic":
+        with pytest.raises(ValueError, match=r"^rounding: .*float16"):
+            cast.walk(loaded, 1)
+        return
     cast.walk(loaded, 4)
     assert loaded.stats()["steps"] == 8
 

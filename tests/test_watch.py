@@ -43,6 +43,8 @@ class Scene:
                 nn.Parameter(torch.ones(2, 2)),
             ],
         ]
+        self.large, self.largest = nn.Parameter(torch.ones(2000)), nn.Parameter(torch.ones(3000))
+        self.groups[0] += [self.large, self.largest]
         self.frozen = nn.Parameter(torch.ones(5), requires_grad=False)
         self.groups[1].append(self.frozen)
         self.square = self.groups[1][3]
@@ -52,6 +54,9 @@ class Scene:
             p.grad = torch.ones_like(p)
             anchor = p.detach().to(torch.float32, copy=True)
             self.state[p] = {"anchor": anchor, "average": anchor.clone(), "period_steps": 0}
+        self.idle = nn.Parameter(torch.ones(3, 3))
+        self.groups[1].append(self.idle)
+        self.state[self.idle] = {"anchor": torch.ones(3, 3)}
         self.written = [*self.trained, *(t for own in self.state.values() for t in own.values() if isinstance(t, Tensor))]
         self.state["mine"] = 7  # something of the user's
         self.watch = KINDS[kind](self.groups, self.state, self.written)
@@ -76,7 +81,7 @@ def test_the_native_watch_is_there_where_its_needs_are() -> None:
 def test_nothing_has_changed(scene: Scene) -> None:
     for _ in range(3):
         look = scene.look()
-        assert [g is p.grad for g, p in zip(look.grads, [*scene.trained, scene.frozen], strict=True)] == [True] * 7
+        assert [g is p.grad for g, p in zip(look.grads, [*scene.trained, scene.frozen, scene.idle], strict=True)] == [True] * 10
         assert look.fit
         assert look.addresses == array("Q", [p.grad.data_ptr() for p in scene.trained]).tobytes()
         scene.state[scene.trained[0]]["period_steps"] += 1  # a count
@@ -92,30 +97,36 @@ def lay_out(p: nn.Parameter, data: Tensor) -> None:
 
 CHANGES: dict[str, Callable[[Scene], object]] = {
     "gradient came": lambda s: setattr(s.frozen, "grad", torch.ones(5)),
-    "gradient went": lambda s: setattr(s.trained[1], "grad", None),
-    "parameter exchanged": lambda s: s.groups[0].__setitem__(0, nn.Parameter(s.trained[0].detach())),
+    "gradient went": lambda s: setattr(s.groups[0][1], "grad", None),
+    "parameter exchanged": lambda s: s.groups[0].__setitem__(0, nn.Parameter(s.groups[0][0].detach())),
     "parameter went": lambda s: s.groups[1].pop(),
     "parameter came": lambda s: s.groups[0].append(nn.Parameter(torch.ones(1))),
     "parameter moved to the other group": lambda s: s.groups[0].append(s.groups[1].pop(0)),
     "order": lambda s: s.groups[0].reverse(),
     "group went": lambda s: s.groups.pop(),
     "group came": lambda s: s.groups.append([]),
-    "memory exchanged": lambda s: setattr(s.trained[0], "data", s.trained[0].detach().clone()),
+    "memory exchanged": lambda s: setattr(s.groups[0][0], "data", s.groups[0][0].detach().clone()),
     "memory of a frozen one": lambda s: setattr(s.frozen, "data", s.frozen.detach().clone()),
     "laid out anew under the old gradient": lambda s: setattr(s.square, "data", s.square.data.t()),
-    "transposed": lambda s: lay_out(s.trained[0], s.trained[0].data.t()),
-    "shape": lambda s: lay_out(s.trained[2], s.trained[2].data.view(6, 8, 1, 1)),
-    "dimensions": lambda s: lay_out(s.trained[2], s.trained[2].data.view(8, 6)),
-    "type": lambda s: lay_out(s.trained[3], s.trained[3].data.view(torch.float16)),
-    "state exchanged": lambda s: s.state[s.trained[1]].update(anchor=s.state[s.trained[1]]["anchor"].clone()),
-    "state renamed": lambda s: s.state[s.trained[1]].update(other=s.state[s.trained[1]].pop("anchor")),
-    "state went": lambda s: s.state[s.trained[1]].pop("average"),
-    "state came": lambda s: s.state[s.trained[1]].update(momentum=torch.ones(())),
-    "dict exchanged": lambda s: s.state.update({s.trained[1]: dict(s.state[s.trained[1]])}),
+    "transposed": lambda s: lay_out(s.groups[0][0], s.groups[0][0].data.t()),
+    "shape": lambda s: lay_out(s.groups[1][0], s.groups[1][0].data.view(6, 8, 1, 1)),
+    "dimensions": lambda s: lay_out(s.groups[1][0], s.groups[1][0].data.view(8, 6)),
+    "type": lambda s: lay_out(s.groups[1][1], s.groups[1][1].data.view(torch.float16)),
+    "state exchanged": lambda s: s.state[s.groups[0][1]].update(anchor=s.state[s.groups[0][1]]["anchor"].clone()),
+    "state renamed": lambda s: s.state[s.groups[0][1]].update(other=s.state[s.groups[0][1]].pop("anchor")),
+    "state went": lambda s: s.state[s.groups[0][1]].pop("average"),
+    "state came": lambda s: s.state[s.groups[0][1]].update(momentum=torch.ones(())),
+    "dict exchanged": lambda s: s.state.update({s.groups[0][1]: dict(s.state[s.groups[0][1]])}),
     "dict came": lambda s: s.state[s.frozen],
-    "dict went": lambda s: s.state.pop(s.trained[4]),
+    "dict went": lambda s: s.state.pop(s.groups[1][2]),
+    "idle parameter laid out anew": lambda s: setattr(s.idle, "data", s.idle.data.t()),
+    "idle parameter cut short": lambda s: setattr(s.idle, "data", s.idle.data[:1]),
+    "large parameter cut short under the old gradient": lambda s: setattr(s.large, "data", s.large.data[:7]),
+    "state of a large one moved": lambda s: setattr(
+        s.state[s.large]["anchor"], "data", s.state[s.large]["anchor"].data.clone()
+    ),
     "state of the largest moved": lambda s: setattr(
-        s.state[s.trained[2]]["average"], "data", s.state[s.trained[2]]["average"].data.clone()
+        s.state[s.largest]["average"], "data", s.state[s.largest]["average"].data.clone()
     ),
 }
 
@@ -141,11 +152,11 @@ GRADIENTS: dict[str, tuple[Callable[[Scene], Tensor], bool]] = {
     "imaginary part": (lambda s: torch.ones(2, 3, dtype=torch.complex64).conj().imag, False),
     "zeros without memory": (lambda s: torch._efficientzerotensor(2, 3), False),
     "sparse": (lambda s: torch.ones(2, 3).to_sparse(), False),
-    "its own parameter": (lambda s: s.trained[0].detach(), False),
-    "an anchor": (lambda s: s.state[s.trained[0]]["anchor"], False),
-    "the end of a larger parameter": (lambda s: s.trained[2].detach().view(-1)[-6:].view(2, 3), False),
-    "the middle of a larger parameter": (lambda s: s.trained[2].detach().view(-1)[3:9].view(2, 3), False),
-    "another gradient": (lambda s: s.trained[2].grad.view(-1)[:6].view(2, 3), True),
+    "its own parameter": (lambda s: s.groups[0][0].detach(), False),
+    "an anchor": (lambda s: s.state[s.groups[0][0]]["anchor"], False),
+    "the end of a larger parameter": (lambda s: s.groups[1][0].detach().view(-1)[-6:].view(2, 3), False),
+    "the middle of a larger parameter": (lambda s: s.groups[1][0].detach().view(-1)[3:9].view(2, 3), False),
+    "another gradient": (lambda s: s.groups[1][0].grad.view(-1)[:6].view(2, 3), True),
 }
 
 
@@ -165,7 +176,7 @@ def test_gradients_that_can_be_read_as_they_are(scene: Scene, make: Callable[[Sc
 def test_a_gradient_that_is_a_negation_is_not_read_as_it_is(kind: str) -> None:
     """Of one element: the only one that can be laid out like a parameter, unless somebody forces it."""
     scene = Scene(kind)
-    p = scene.trained[1]
+    p = scene.groups[0][1]
     p.grad = torch.tensor(1.0 + 1.0j).conj().imag
     assert p.grad.is_neg()
     assert not scene.look().fit
@@ -180,7 +191,7 @@ def test_a_gradient_that_is_a_negation_is_not_read_as_it_is(kind: str) -> None:
 
 
 def test_sizes_of_one_have_no_stride(scene: Scene) -> None:
-    p = scene.trained[2]
+    p = scene.groups[1][0]
     p.grad = torch.ones(8, 6, 1, 1).as_strided((8, 6, 1, 1), (6, 1, 77, 5))
     assert scene.look().fit
     p.grad = torch.ones(48).as_strided((8, 6, 1, 1), (1, 8, 1, 1))

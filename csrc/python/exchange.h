@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <exception>
 
 namespace deeprelax {
 
@@ -59,9 +60,15 @@ class Exchange {
     return false;
   }
 
-  // The address of a tensor that has been viewed before; 0 where it has none now.
+  // The address of a tensor; 0 where it has none.
   uintptr_t address(PyObject* tensor) const {
-    if (address_of_) return reinterpret_cast<uintptr_t>(address_of_(tensor));
+    if (address_of_) {
+      try {
+        return reinterpret_cast<uintptr_t>(address_of_(tensor));
+      } catch (const std::exception&) {  // one without memory
+        return 0;
+      }
+    }
     TensorView now;
     return view(tensor, now) ? now.address() : 0;
   }

@@ -37,7 +37,9 @@ class Watch {
   pybind11::object look(const pybind11::list& groups, const pybind11::dict& state) {
     if (groups.size() != ends_of_groups_.size()) return pybind11::none();
     pybind11::list grads(params_.size());
-    addresses_.clear();
+    std::vector<uintptr_t> addresses;
+    addresses.reserve(params_.size());
+    Getter gradient(grad_);
     bool fit = true;
     size_t i = 0, group = 0;
     for (auto params : groups) {
@@ -48,27 +50,32 @@ class Watch {
       for (Py_ssize_t j = 0; i < end && j < PyList_GET_SIZE(params.ptr()); ++i, ++j) {
         Param& known = params_[i];
         PyObject* p = PyList_GET_ITEM(params.ptr(), j);
-        if (p != known.object || exchange_.address(p) != known.view.address()) return pybind11::none();
+        if (p != known.object || exchange_.address(p) != known.address) return pybind11::none();
         PyObject* g = gradient(p);
         PyList_SET_ITEM(grads.ptr(), static_cast<Py_ssize_t>(i), g);
         if ((g != Py_None) != known.has_grad) return pybind11::none();
-        if (!known.has_grad) continue;
-        const bool fits = can_be_read(g, known);
-        // A gradient is like its parameter was when it came: what fits the gradient need not be asked of the parameter, unless
-        // the parameter could have been laid out anew at its old address.
-        if ((!fits || known.view.ndim > 1) && !is_as_noted(p, known)) return pybind11::none();
-        fit = fit && fits;
+        const bool fits = known.has_grad && can_be_read(g, known, addresses);
+        // A gradient is like its parameter was when it came: what fits the gradient need not be asked of a small parameter that
+        // cannot be laid out in two ways.
+        const bool is_plain = fits && known.kind.ndim <= 1 && known.nbytes <= kSmall;
+        if (!is_plain && !is_as_noted(p, known)) return pybind11::none();
+        fit = fit && (fits || !known.has_grad);
       }
+      if (i != end) return pybind11::none();
     }
     if (!is_as_noted(state)) return pybind11::none();
-    const auto* bytes = reinterpret_cast<const char*>(addresses_.data());
-    return pybind11::make_tuple(std::move(grads), fit, pybind11::bytes(bytes, addresses_.size() * sizeof(uintptr_t)));
+    const auto* bytes = reinterpret_cast<const char*>(addresses.data());
+    return pybind11::make_tuple(std::move(grads), fit, pybind11::bytes(bytes, addresses.size() * sizeof(uintptr_t)));
   }
 
  private:
+  // Bytes of a tensor up to which asking for facts costs more than taking its step does.
+  static constexpr int64_t kSmall = 4096;
+
   struct Param {
     PyObject* object;
-    TensorView view;  // its shape and strides are at `sizes`
+    uintptr_t address;
+    TensorView kind;  // without its shape and strides, which are at `sizes`
     size_t sizes;
     int64_t nbytes;
     bool is_single;  // of one element
@@ -87,19 +94,29 @@ class Watch {
     uintptr_t address;
   };
 
-  // p.grad, through the descriptor of p's class, which is looked up once.
-  PyObject* gradient(PyObject* p) {
-    if (PyTypeObject* type = Py_TYPE(p); type != type_) {
-      type_ = type;
-      descriptor_ = pybind11::getattr(reinterpret_cast<PyObject*>(type), grad_);
+  // Reads an attribute through the descriptor of the object's class, which is looked up where the class changes.
+  class Getter {
+   public:
+    explicit Getter(const pybind11::str& name) : name_(name) {}
+
+    PyObject* operator()(PyObject* object) {
+      if (PyTypeObject* type = Py_TYPE(object); type != type_) {
+        descriptor_ = pybind11::getattr(reinterpret_cast<PyObject*>(type), name_);
+        type_ = type;
+      }
+      PyTypeObject* kind = Py_TYPE(descriptor_.ptr());
+      PyObject* value = kind->tp_descr_get && kind->tp_descr_set
+                            ? kind->tp_descr_get(descriptor_.ptr(), object, reinterpret_cast<PyObject*>(type_))
+                            : PyObject_GetAttr(object, name_.ptr());
+      if (!value) throw pybind11::error_already_set();
+      return value;
     }
-    PyTypeObject* kind = Py_TYPE(descriptor_.ptr());
-    PyObject* g = kind->tp_descr_get && kind->tp_descr_set
-                      ? kind->tp_descr_get(descriptor_.ptr(), p, reinterpret_cast<PyObject*>(type_))
-                      : PyObject_GetAttr(p, grad_.ptr());
-    if (!g) throw pybind11::error_already_set();
-    return g;
-  }
+
+   private:
+    const pybind11::str& name_;
+    PyTypeObject* type_ = nullptr;
+    pybind11::object descriptor_;
+  };
 
   TensorView read(PyObject* tensor) const {
     TensorView view;
@@ -108,45 +125,47 @@ class Watch {
   }
 
   void note_param(PyObject* p) {
-    const TensorView view = read(p);
+    TensorView view = read(p);
     if (exchange_.address(p) != view.address()) throw pybind11::value_error("a tensor with two addresses");
     auto grad = pybind11::reinterpret_steal<pybind11::object>(PyObject_GetAttr(p, grad_.ptr()));
     if (!grad) throw pybind11::error_already_set();
     const int64_t nbytes = view.nbytes(), itemsize = int64_t(view.dtype.bits) * view.dtype.lanes / 8;
-    params_.push_back({p, view, sizes_.size(), nbytes, nbytes == itemsize, !grad.is_none(), 0});
     ask_all_ = ask_all_ || (!grad.is_none() && is_negated(grad.ptr()));
+    const size_t sizes = sizes_.size();
     sizes_.insert(sizes_.end(), view.shape, view.shape + view.ndim);
     sizes_.insert(sizes_.end(), view.strides, view.strides + view.ndim);
+    view.shape = view.strides = nullptr;
+    params_.push_back({p, view.address(), view, sizes, nbytes, nbytes == itemsize, !grad.is_none(), 0});
   }
 
   void note_state(const pybind11::dict& state) {
     PyObject *param, *dict, *name, *value;
+    std::vector<Memory> of_largest;
     int64_t largest = -1;
     for (Py_ssize_t at = 0; PyDict_Next(state.ptr(), &at, &param, &dict);) {
-      const size_t first = entries_.size();
+      std::vector<Memory> own;
+      int64_t nbytes = 0;
       for (Py_ssize_t in = 0; PyDict_Check(dict) && PyDict_Next(dict, &in, &name, &value);) {
         entries_.push_back({name, PyLong_Check(value) ? nullptr : value});
+        TensorView view;
+        if (PyLong_Check(value) || !exchange_.view(value, view)) continue;
+        own.push_back({value, view.address()});
+        nbytes = std::max(nbytes, view.nbytes());
       }
       states_.push_back({param, dict, entries_.size()});
-      TensorView view;
-      if (entries_.size() > first && exchange_.view(param, view) && view.nbytes() > largest) {
-        largest = view.nbytes();
-        largest_.clear();
-        for (size_t e = first; e < entries_.size(); ++e) {
-          if (entries_[e].value && exchange_.view(entries_[e].value, view))
-            largest_.push_back({entries_[e].value, view.address()});
-        }
-      }
+      if (nbytes > kSmall) memory_.insert(memory_.end(), own.begin(), own.end());
+      if (nbytes > largest) largest = nbytes, of_largest = own;
     }
+    if (largest <= kSmall) memory_ = of_largest;
   }
 
   bool is_as_noted(PyObject* p, const Param& known) const {
     TensorView now;
     if (!exchange_.view(p, now)) return false;
     const int64_t* sizes = sizes_.data() + known.sizes;
-    const size_t bytes = known.view.ndim * sizeof(int64_t);
-    return now.is_of_kind(known.view) && std::memcmp(now.shape, sizes, bytes) == 0 &&
-           std::memcmp(now.strides, sizes + known.view.ndim, bytes) == 0;
+    const size_t bytes = known.kind.ndim * sizeof(int64_t);
+    return now.is_of_kind(known.kind) && std::memcmp(now.shape, sizes, bytes) == 0 &&
+           std::memcmp(now.strides, sizes + known.kind.ndim, bytes) == 0;
   }
 
   bool is_as_noted(const pybind11::dict& state) const {
@@ -165,14 +184,14 @@ class Watch {
       }
       if (e != known.end) return false;
     }
-    return std::all_of(largest_.begin(), largest_.end(),
+    return std::all_of(memory_.begin(), memory_.end(),
                        [this](const Memory& noted) { return exchange_.address(noted.tensor) == noted.address; });
   }
 
-  bool can_be_read(PyObject* g, Param& known) {
+  bool can_be_read(PyObject* g, Param& known, std::vector<uintptr_t>& addresses) {
     TensorView now;
-    if (!exchange_.view(g, now) || !now.is_of_kind(known.view)) return false;
-    const int64_t *shape = sizes_.data() + known.sizes, *strides = shape + known.view.ndim;
+    if (!exchange_.view(g, now) || !now.is_of_kind(known.kind)) return false;
+    const int64_t *shape = sizes_.data() + known.sizes, *strides = shape + known.kind.ndim;
     for (int32_t i = 0; i < now.ndim; ++i) {
       if (now.shape[i] != shape[i] || (now.strides[i] != strides[i] && shape[i] != 1 && known.nbytes)) return false;
     }
@@ -180,7 +199,7 @@ class Watch {
     if ((known.is_single || ask_all_) && is_negated(g)) return false;
     if (now.address() != known.clear_grad && !is_clear(now.address(), now.address() + known.nbytes)) return false;
     known.clear_grad = now.address();
-    addresses_.push_back(now.address());
+    addresses.push_back(now.address());
     return true;
   }
 
@@ -211,19 +230,16 @@ class Watch {
   }
 
   Exchange exchange_;
-  PyTypeObject* type_ = nullptr;
-  pybind11::object descriptor_;
   pybind11::str grad_{"grad"}, is_neg_{"is_neg"};
   std::vector<Param> params_;
   std::vector<size_t> ends_of_groups_;
   std::vector<int64_t> sizes_;
   std::vector<State> states_;
   std::vector<Entry> entries_;
-  std::vector<Memory> largest_;           // the tensors in the state of the largest parameter
+  std::vector<Memory> memory_;            // of the state that is large enough to be asked for its addresses
   std::vector<uintptr_t> starts_, ends_;  // of the memory that is written
   size_t behind_ = 0;                     // the stretch that the last gradient was held against
   bool ask_all_ = false;                  // whether a gradient was a negation when note was taken
-  std::vector<uintptr_t> addresses_;      // of the gradients, at the present look
 };
 
 }  // namespace deeprelax

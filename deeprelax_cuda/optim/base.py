@@ -5,6 +5,8 @@ A method adds its defaults, its checks, and how the options of a group become th
 
 from __future__ import annotations
 
+import contextlib
+import os
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -12,10 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch.optim.optimizer import ParamsT
 
-from deeprelax_cuda.noise import check_step
+from deeprelax_cuda.noise import check_seed, check_step
 from deeprelax_cuda.optim.describe import Notes, Seen, describe, gamma_notes, outer_notes
 from deeprelax_cuda.optim.launches import Call, Launch, Launches, Needs
-from deeprelax_cuda.optim.options import check_loop_options, resolve_seed, select_backend, warn_user
+from deeprelax_cuda.optim.options import check_gamma_rule, check_loop_options, resolve_seed, select_backend, warn_user
 from deeprelax_cuda.optim.scoping import gamma_of
 from deeprelax_cuda.optim.weights import CONTRACT_VERSION, TwoWeights
 from deeprelax_cuda.steps import NARROW, Scalars, check_rounding, round_scalar
@@ -124,13 +126,18 @@ class RelaxationOptimizer(TwoWeights):
                 _evaluate(closure)
                 if not self._take_step(False):
                     break
-        finally:
+        except BaseException:
             if from_eval and not taken:
-                self.eval()
+                with contextlib.suppress(ValueError):  # what cannot be shown has not been before
+                    self.eval()
+            raise
+        if from_eval and not taken:
+            self.eval()
         return loss
 
     def _take_step(self, from_eval: bool) -> bool:
         """Take one inner step, and the outer one at the end of a period; return whether there was a step to take."""
+        self.train()  # whatever a closure has left behind
         first, *others = self.param_groups
         for i, group in enumerate(others, 1):
             self._check_shared(first, group, i)
@@ -139,6 +146,8 @@ class RelaxationOptimizer(TwoWeights):
         if not any(launch.call.bucket.inner for launch in launches):
             return False
         scalars = [self._scalars(launch.call, outer) for launch in launches]
+        for group in self.param_groups if outer else ():
+            check_gamma_rule(group)
         phantom = self._is_phantom(launches)
         if from_eval and not phantom:
             self._warn_eval()
@@ -239,7 +248,8 @@ class RelaxationOptimizer(TwoWeights):
             warn_user("step() in eval mode: back to the live weights first; call train() after eval()")
 
     def _needs(self, group: dict[str, Any], dtype: torch.dtype) -> Needs:
-        return Needs(self._roles(group, dtype), [group[name] for name in ("backend", "foreach", "fused")])
+        options = [group[name] for name in ("backend", "foreach", "fused")]
+        return Needs(self._roles(group, dtype), [*options, os.environ.get("DEEPRELAX_BACKEND")])
 
     def _is_phantom(self, launches: list[Launch]) -> bool:
         """Whether this is the step that checkpoint tools take to have the state allocated: lr 0 and no gradient but zeros."""
@@ -261,7 +271,7 @@ class RelaxationOptimizer(TwoWeights):
             mu_o=mu_o,
             wd_o=round_scalar("outer_weight_decay", group["outer_weight_decay"], dtype),
             nesterov_o=bool(group["nesterov"]) and mu_o != 0.0,
-            seed=group["seed"],
+            seed=check_seed(group["seed"]),
             step=check_step(group["step"]),
             rounding=check_rounding(group["rounding"], dtype, "master" in call.needs.roles),
             **self._inner_scalars(group, dtype, call.count),

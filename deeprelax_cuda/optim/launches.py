@@ -71,6 +71,7 @@ class Launches:
     def __init__(self) -> None:
         self._calls: list[Call] = []
         self._watch: Watch | None = None
+        # With a parameter that has state but no gradient, an outer step has other calls than an inner one.
         self._idle = self._outer = False
 
     def prepare(

@@ -58,12 +58,7 @@ def check_loop_options(group: dict[str, Any]) -> None:
     check_number("lr", group["lr"], "[0, inf)")
     check_count("inner_steps", group["inner_steps"])
     check_number("gamma", group["gamma"], "(0, inf]")
-    check_number("scoping", group["scoping"], "[0, inf)")
-    check_number("gamma_min", group["gamma_min"], "[0, inf)")
-    if group["gamma_total"] is not None:
-        total = check_number("gamma_total", group["gamma_total"], "(0, inf)")
-        if not 0.0 < group["gamma_min"] < total:
-            raise ValueError(f"gamma_min: with gamma_total={total:g} expected it in (0, {total:g}), got {group['gamma_min']!r}")
+    check_gamma_rule(group)
     check_number("momentum", group["momentum"], "[0, 1)")
     check_number("weight_decay", group["weight_decay"], "[0, inf)")
     check_number("outer_weight_decay", group["outer_weight_decay"], "[0, inf)")
@@ -76,6 +71,16 @@ def check_loop_options(group: dict[str, Any]) -> None:
     if group["differentiable"]:
         raise ValueError("differentiable: expected False, as the step is fused and in place")
     check_backend(group)
+
+
+def check_gamma_rule(group: dict[str, Any]) -> None:
+    """Refuse the options of a schedule of gamma that name no number."""
+    check_number("scoping", group["scoping"], "[0, inf)")
+    check_number("gamma_min", group["gamma_min"], "[0, inf)")
+    if group["gamma_total"] is not None:
+        total = check_number("gamma_total", group["gamma_total"], "(0, inf)")
+        if not 0.0 < group["gamma_min"] < total:
+            raise ValueError(f"gamma_min: with gamma_total={total:g} expected it in (0, {total:g}), got {group['gamma_min']!r}")
 
 
 def check_backend(group: dict[str, Any]) -> None:

@@ -165,7 +165,10 @@ class TwoWeights(Optimizer):
 
     def _labels(self) -> list[str]:
         """Return the name of each parameter in errors: its number, and its own name where it has one."""
-        names = [name for group in self.param_groups for name in group.get("param_names", [""] * len(group["params"]))]
+        names: list[str] = []
+        for group in self.param_groups:  # parameters that were put into a group by hand have no name
+            own = list(group.get("param_names", ()))[: len(group["params"])]
+            names += own + [""] * (len(group["params"]) - len(own))
         return [f"{number} {name}".rstrip() for number, name in enumerate(names)]
 
     def _is_training(self) -> bool:
