@@ -163,6 +163,22 @@ def test_step_that_is_none_stays_in_eval_mode(make: Callable[..., EntropySGD]) -
     assert_equal(snapshot(model, optimizer), before)
 
 
+def test_refused_step_keeps_the_live_weights_of_a_model_that_was_cast(make: Callable[..., EntropySGD]) -> None:
+    model = small_model()
+    optimizer = make(model.parameters())
+    walk(model, optimizer, range(2))
+    optimizer.eval()
+    live = [optimizer.state[p]["live"].clone() for p in model.parameters()]
+    model.half()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p).to_sparse()
+    with pytest.raises((TypeError, ValueError)):
+        optimizer.step()
+    for p, y in zip(model.parameters(), live, strict=True):
+        assert torch.equal(optimizer.state[p]["live"], y)
+        assert optimizer.state[p]["live"].dtype == torch.float32
+
+
 def interrupted() -> float:
     raise KeyboardInterrupt
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from deeprelax_cuda.noise import check_seed, check_step
@@ -118,6 +119,7 @@ class RelaxationOptimizer(TwoWeights):
                 'a GradScaler, which passes none, needs closure_mode="once"'
             )
         from_eval, taken = not self._is_training(), False
+        live = {p: own["live"] for p, own in (self._stepped() if from_eval else ()) if "live" in own}
         self.train()
         try:
             loss = _evaluate(closure)
@@ -129,10 +131,10 @@ class RelaxationOptimizer(TwoWeights):
         except BaseException:
             if from_eval and not taken:
                 with contextlib.suppress(ValueError):  # what cannot be shown has not been before
-                    self.eval()
+                    self._eval_again(live)
             raise
         if from_eval and not taken:
-            self.eval()
+            self._eval_again(live)
         return loss
 
     def _take_step(self, from_eval: bool) -> bool:
@@ -241,6 +243,12 @@ class RelaxationOptimizer(TwoWeights):
             if group[name] != first[name]:
                 expected = f"expected the same {name} in all groups"
                 raise ValueError(f"{name}: {expected}, got {group[name]!r} in group {index} and {first[name]!r} before it")
+
+    def _eval_again(self, live: dict[Tensor, Tensor]) -> None:
+        """Go back to eval mode, with the very live weights: a parameter that was cast meanwhile has only rounded ones."""
+        self.eval()
+        for p, y in live.items():
+            self.state[p]["live"] = y
 
     def _warn_eval(self) -> None:
         if not self._warned_eval:
