@@ -1,10 +1,12 @@
-"""The last line of a run says how many mutants were caught: tests marked `mutant` pass where a wrong program is noticed."""
+"""What all tests share. The last line of a run says how many mutants were caught: tests marked `mutant` pass where they are."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
+import torch
 
 OF = "mutant of"
 
@@ -26,3 +28,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if tried:
         counts = (f"{caught[of]} of {number} changes of {of}" for of, number in tried.items())
         terminalreporter.write_line(f"mutants caught: {', '.join(counts)}")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads are a matter of the tests that ask for them; for small tensors they only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -199,15 +199,7 @@ def follows_the_law(scores: np.ndarray) -> bool:
 
 
 NATIVE = pytest.mark.skipif("cpu" not in backends.available("cpu"), reason="10^6 coordinates need the native module")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other thousands of times slow a busy machine tenfold; no number depends on them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("q", [0.01, 0.1, 0.4])

@@ -41,13 +41,7 @@ OTHER_BACKENDS = list(dict.fromkeys((BACKENDS[0], BACKENDS[-1])))
 SHAPES = {"weight": (5, 4), "bias": (5,), "kernel": (2, 3, 2, 2), "scale": (), "none": (0, 3)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads are a matter of the tests that ask for them; for small tensors they only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclass(frozen=True)

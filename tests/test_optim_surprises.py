@@ -1,0 +1,153 @@
+"""What an optimizer's step must notice between two calls, and what must not trouble it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from optim_runs import METHODS, L, assert_equal, backward, small_model, snapshot, walk
+from torch import nn
+
+from deeprelax_cuda.optim import EntropySGD
+
+
+@pytest.fixture(params=METHODS)
+def make(request: pytest.FixtureRequest) -> Callable[..., EntropySGD]:
+    return METHODS[request.param]
+
+
+def test_gradient_that_is_still_on_its_way_is_waited_for(make: Callable[..., EntropySGD]) -> None:
+    """The result of a functional collective is a wrapper: its own address is 0."""
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
+    try:
+        p, q = nn.Parameter(torch.ones(1000)), nn.Parameter(torch.ones(1000))
+        optimizer, reference = make([p]), make([q])
+        for step in range(L):
+            g = torch.full((1000,), float(step))
+            p.grad = distributed._functional_collectives.all_reduce(g, "sum", distributed.group.WORLD)
+            assert p.grad.data_ptr() == 0
+            q.grad = g
+            optimizer.step()
+            reference.step()
+            assert torch.equal(p, q)
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("numel", [3, 5000])
+def test_state_whose_memory_was_exchanged(make: Callable[..., EntropySGD], numel: int) -> None:
+    """By ``.data =``, as people move state to another device; nobody else's memory is written, whichever it was."""
+    p, q = nn.Parameter(torch.ones(numel)), nn.Parameter(torch.ones(9000))
+    other, another = nn.Parameter(torch.ones(numel)), nn.Parameter(torch.ones(9000))
+    optimizer, reference = make([p, q], inner_steps=100), make([other, another], inner_steps=100)
+    for _ in range(4):
+        for parameter in (p, q, other, another):
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        reference.step()
+        for role, value in optimizer.state[p].items():
+            value.data = value.data.clone()
+            strangers = [torch.full((numel,), 7.0) for _ in range(20)]  # one of them lies where the state did
+            optimizer.step()
+            reference.step()
+            assert all(bool((stranger == 7.0).all()) for stranger in strangers), role
+    assert torch.equal(q, another)
+    if numel > 1024:
+        assert_equal_states(optimizer.state[p], reference.state[other])
+
+
+def assert_equal_states(got: dict[str, Any], want: dict[str, Any]) -> None:
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[role], want[role]) for role in want)
+
+
+def test_what_nobody_trains_does_not_trouble_the_step(make: Callable[..., EntropySGD]) -> None:
+    p, q = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    odd = [
+        nn.Parameter(torch.eye(3).to_sparse(), requires_grad=False),
+        nn.Parameter(torch.ones(3, device="meta")),
+        nn.Parameter(torch.ones(3, dtype=torch.complex64)),
+        nn.UninitializedParameter(),
+    ]
+    optimizer, reference = make([p, *odd]), make([q])
+    optimizer.state["mine"] = 5
+    optimizer.state["yours"] = {"a": torch.ones(2)}
+    for _ in range(2 * L):
+        p.grad, q.grad = torch.ones(4), torch.ones(4)
+        optimizer.step()
+        reference.step()
+        assert torch.equal(p, q)
+    torch.utils.swap_tensors(odd[2], nn.Parameter(torch.eye(3).to_sparse(), requires_grad=False))
+    for _ in range(L):
+        p.grad, q.grad = torch.ones(4), torch.ones(4)
+        optimizer.step()
+        reference.step()
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("scoping", None), ("scoping", -1.0), ("gamma_min", "x"), ("seed", -1), ("seed", "x")]
+)
+def test_rule_that_was_spoilt_by_hand_is_refused_before_anything_moves(
+    make: Callable[..., EntropySGD], name: str, value: Any
+) -> None:
+    model = small_model()
+    optimizer = make(model.parameters())
+    walk(model, optimizer, range(L - 1))
+    backward(model, L - 1)
+    before = snapshot(model, optimizer)
+    was, optimizer.param_groups[0][name] = optimizer.param_groups[0][name], value
+    with pytest.raises((ValueError, TypeError), match=f"^{name}: "):
+        optimizer.step()
+    assert_equal(snapshot(model, optimizer), before)
+    assert optimizer.stats() == {"steps": L - 1, "period_steps": L - 1, "outer_steps": 0}
+    optimizer.param_groups[0][name] = was
+    other = small_model()
+    reference = make(other.parameters())
+    walk(other, reference, range(L))
+    optimizer.step()
+    assert_equal(snapshot(model, optimizer), snapshot(other, reference))
+
+
+def test_closure_that_leaves_eval_mode_behind(make: Callable[..., EntropySGD]) -> None:
+    (model, optimizer), (other, shown) = ((m := small_model(), make(m.parameters())) for _ in range(2))
+    for step in range(L + 1):
+        walk(model, optimizer, range(step, step + 1))
+
+        def closure(step: int = step) -> torch.Tensor:
+            loss = backward(other, step)
+            shown.eval()
+            return loss
+
+        shown.step(closure)
+        assert_equal(snapshot(other, shown), snapshot(model, optimizer))
+
+
+def test_backend_that_the_environment_names_later(make: Callable[..., EntropySGD], monkeypatch: pytest.MonkeyPatch) -> None:
+    p = nn.Parameter(torch.ones(4))
+    optimizer = make([p])
+    p.grad = torch.ones(4)
+    optimizer.step()
+    monkeypatch.setenv("DEEPRELAX_BACKEND", "eager")
+    optimizer.step()
+    assert type(optimizer._launches._calls[0].plan).__module__.endswith("eager")
+    monkeypatch.setenv("DEEPRELAX_BACKEND", "eeger")
+    with pytest.raises(ValueError, match="DEEPRELAX_BACKEND=eeger"):
+        optimizer.step()
+
+
+def test_parameter_put_into_a_group_of_named_ones_by_hand(make: Callable[..., EntropySGD]) -> None:
+    p, q = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    optimizer = make([("first", p)])
+    optimizer.param_groups[0]["params"].append(q)
+    p.grad, q.grad = torch.ones(4), torch.ones(4)
+    optimizer.step()
+    optimizer.eval()
+    optimizer.train()
+    assert optimizer.state[q]
+    q.grad = torch.ones(4, dtype=torch.float64).to(torch.float32).to_sparse()
+    with pytest.raises(ValueError, match=r"^grads\[1\]"):
+        optimizer.step()
