@@ -117,7 +117,7 @@ def test_a_shard_gets_its_slice_of_the_global_noise(name, dtype, place, label):
     check(label, case, dtype, inputs, wanted, [5] * len(sizes), places)
 
 
-@pytest.mark.parametrize("count", [1, 2, 35, 252, 253, 1000, 5000])
+@pytest.mark.parametrize("count", [1, 2, 35, 252, 253, 1000, pytest.param(5000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("label", BACKENDS)
 def test_any_number_of_tensors(count, label):
     case = BY_NAME["fused-outer"]

@@ -41,7 +41,7 @@ OTHER_BACKENDS = list(dict.fromkeys((BACKENDS[0], BACKENDS[-1])))
 SHAPES = {"weight": (5, 4), "bias": (5,), "kernel": (2, 3, 2, 2), "scale": (), "none": (0, 3)}
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @dataclass(frozen=True)

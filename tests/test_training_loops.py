@@ -409,6 +409,7 @@ def test_compiled_model_with_a_step_outside(make: Callable[..., EntropySGD], com
         assert_as_with_its_gradients((model, optimizer), given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", COMPILERS, indirect=True)
 def test_compiled_training_step_with_the_optimizer_inside(make: Callable[..., EntropySGD], compiler: str) -> None:
     """The step breaks the graph: most of it runs as plain Python, and all of it beyond the limit of recompilations."""
@@ -427,6 +428,7 @@ def test_compiled_training_step_with_the_optimizer_inside(make: Callable[..., En
         assert_as_with_its_gradients((model, optimizer), given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["eager"], indirect=True)
 def test_compiled_step_method(make: Callable[..., EntropySGD], compiler: str) -> None:
     """``torch.compile(optimizer.step)`` computes the same; as one graph it is refused, and nothing has moved."""
