@@ -1,4 +1,5 @@
-// The Python module deeprelax_cuda._native: addresses and numbers in, one native call out. All checks are Python's.
+// The Python module deeprelax_cuda._native: the kernels on addresses and numbers, all of whose checks are Python's, and the
+// watch over the tensors that were checked.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -96,7 +97,7 @@ PYBIND11_MODULE(_native, m) {
                     const Addresses&, const Addresses&, const Addresses&, const Addresses&>())
       .def("run", &Table::run);
   py::class_<Watch>(m, "Watch")
-      .def(py::init<const py::object&, uintptr_t, const py::list&, const py::dict&, const py::list&>())
+      .def(py::init<const py::object&, uintptr_t, int64_t, const py::list&, const py::dict&, const py::list&>())
       .def("look", &Watch::look);
   m.def("gaussian",
         [](uintptr_t out, int64_t numel, uint64_t seed, uint32_t step, uint32_t stream, int64_t offset, int threads) {

@@ -14,10 +14,11 @@ namespace deeprelax {
 // compared. Objects are known by their addresses alone: whoever makes a Watch keeps them alive.
 class Watch {
  public:
-  // groups: the lists of parameters; state: each parameter's dict; written: dense tensors that gradients must not overlap.
-  Watch(const pybind11::object& exchange, uintptr_t address_of, const pybind11::list& groups, const pybind11::dict& state,
-        const pybind11::list& written)
-      : exchange_(exchange, address_of) {
+  // small: bytes of a tensor up to which asking for facts costs more than taking its step; groups: the lists of parameters;
+  // state: each parameter's dict; written: dense tensors that gradients must not overlap.
+  Watch(const pybind11::object& exchange, uintptr_t address_of, int64_t small, const pybind11::list& groups,
+        const pybind11::dict& state, const pybind11::list& written)
+      : exchange_(exchange, address_of), small_(small) {
     for (auto group : groups) {
       for (auto p : group) note_param(p.ptr());
       ends_of_groups_.push_back(params_.size());
@@ -57,7 +58,7 @@ class Watch {
         const bool fits = known.has_grad && can_be_read(g, known, addresses);
         // A gradient is like its parameter was when it came: what fits the gradient need not be asked of a small parameter that
         // cannot be laid out in two ways.
-        const bool is_plain = fits && known.kind.ndim <= 1 && known.nbytes <= kSmall;
+        const bool is_plain = fits && known.kind.ndim <= 1 && known.nbytes <= small_;
         if (!is_plain && !is_as_noted(p, known)) return pybind11::none();
         fit = fit && (fits || !known.has_grad);
       }
@@ -69,9 +70,6 @@ class Watch {
   }
 
  private:
-  // Bytes of a tensor up to which asking for facts costs more than taking its step does.
-  static constexpr int64_t kSmall = 4096;
-
   struct Param {
     PyObject* object;
     uintptr_t address;
@@ -153,10 +151,10 @@ class Watch {
         nbytes = std::max(nbytes, view.nbytes());
       }
       states_.push_back({param, dict, entries_.size()});
-      if (nbytes > kSmall) memory_.insert(memory_.end(), own.begin(), own.end());
+      if (nbytes > small_) memory_.insert(memory_.end(), own.begin(), own.end());
       if (nbytes > largest) largest = nbytes, of_largest = own;
     }
-    if (largest <= kSmall) memory_ = of_largest;
+    if (largest <= small_) memory_ = of_largest;
   }
 
   bool is_as_noted(PyObject* p, const Param& known) const {
@@ -230,6 +228,7 @@ class Watch {
   }
 
   Exchange exchange_;
+  int64_t small_;
   pybind11::str grad_{"grad"}, is_neg_{"is_neg"};
   std::vector<Param> params_;
   std::vector<size_t> ends_of_groups_;
