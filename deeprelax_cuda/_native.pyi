@@ -33,6 +33,8 @@ class Watch:
     def __init__(
         self,
         exchange: object,
+        address_of: int,
+        small: int,
         groups: Sequence[list[Tensor]],
         state: Mapping[Tensor, Mapping[str, Any]],
         written: Sequence[Tensor],

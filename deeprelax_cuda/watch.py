@@ -21,7 +21,7 @@ from deeprelax_cuda import native
 
 State = Mapping[Tensor, Mapping[str, Any]]
 
-#: Bytes; the native watch has the same number.
+#: Bytes of a tensor up to which asking for facts costs more than taking its step.
 SMALL = 4096
 
 
@@ -44,7 +44,7 @@ class Watch(Protocol):
 
     Compared are every parameter object and its memory, whether it has a gradient, its type, device, shape and strides; the
     state's dicts and the tensors in them. Plain numbers in the state are not: they count. Of parameters up to `SMALL` bytes
-    less is asked, because to ask costs more than to take their step: with one dimension it will do that the gradient has the
+    less is asked: with one dimension it will do that the gradient has the
     type and shape that were noted, and the state's memory is not compared unless it is the largest there is. It is kept alive
     instead, so that nothing else can come to lie there.
     """
@@ -68,7 +68,7 @@ class NativeWatch:
     def __init__(self, exchange: object, groups: Sequence[list[Tensor]], state: State, written: Sequence[Tensor]) -> None:
         self._held = list(_objects(groups, state))
         self._held += [t.untyped_storage() for t in written if t.nbytes <= SMALL]
-        self._native = native.module.Watch(exchange, _address_function(), groups, state, written)
+        self._native = native.module.Watch(exchange, _address_function(), SMALL, groups, state, written)
 
     def look(self, groups: Sequence[list[Tensor]], state: State) -> Look | None:
         """Return what is to be seen; see `Watch`."""

@@ -140,10 +140,6 @@ def test_a_change_is_noticed(scene: Scene, change: Callable[[Scene], object]) ->
     del keep
 
 
-def channels_last(g: Tensor) -> Tensor:
-    return torch.ones(8, 6, 2, 2).to(memory_format=torch.channels_last)
-
-
 #: Gradients of the parameter of shape (2, 3), and whether they can be read as they are.
 GRADIENTS: dict[str, tuple[Callable[[Scene], Tensor], bool]] = {
     "offset in a larger buffer": (lambda s: s.memory[3:9].view(2, 3), True),
