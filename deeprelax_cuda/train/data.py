@@ -1,20 +1,21 @@
-"""Data sets, held in memory, and the order in which a run sees them."""
+"""A data set in memory, and the order in which a run sees it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from deeprelax_cuda.noise import derive_seed
+
 
 @dataclass(frozen=True)
 class Data:
-    """A classification data set.
+    """A data set to predict classes in, held in memory.
 
-    ``train_inputs`` and ``val_inputs`` are float32 of shape (examples, channels, height, width), ``train_targets`` and
-    ``val_targets`` int64 class numbers of shape (examples,).
+    Images: inputs are floating, of shape (examples, channels, height, width), targets int64 class numbers of shape (examples,).
+    Text: inputs and targets are int64 characters of shape (examples, length), a target being the character after its input.
     """
 
     train_inputs: Tensor
@@ -22,48 +23,42 @@ class Data:
     val_inputs: Tensor
     val_targets: Tensor
     classes: int
+    digest: str
+    """SHA-256 of the content as it was read, in hexadecimal: whether two runs saw the same data."""
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Data:
+        """Return the data on ``device``, inputs that are floating in ``dtype``."""
+        moved = {name: getattr(self, name).to(device) for name in ("train_inputs", "train_targets", "val_inputs", "val_targets")}
+        for name in ("train_inputs", "val_inputs"):
+            if moved[name].is_floating_point():
+                moved[name] = moved[name].to(dtype)
+        return replace(self, **moved)
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """How to get a data set, and the settings with which to train on it when none are given."""
+class Batches:
+    """The batches of every epoch: each a fresh order of the training examples, which ``seed`` and the epoch alone determine.
 
-    load: Callable[[], Data]
-    model: str
-    epochs: int
-    batch_size: int
-    levels: tuple[float, ...]
-    """Validation errors, in %, worth saying when they were reached."""
-    threads: int | None = None
-    """CPU threads, None for torch's own number. Tiny batches gain nothing by a second, and suffer where cores are shared."""
-
-
-def digits() -> Data:
-    """Return the 1,797 images of 8x8 handwritten digits that come with scikit-learn: 1,257 to train, 540 to validate.
-
-    Pixels are in [0, 1]. The split is stratified by class and always the same; the seed of a run does not touch it.
+    Batches are full: the examples that are left over wait for another epoch.
     """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
 
-    pixels, labels = load_digits(return_X_y=True)
-    images = pixels.reshape(-1, 1, 8, 8) / 16.0
-    parts = train_test_split(images, labels, test_size=540, stratify=labels, random_state=0)
-    train_inputs, val_inputs = (torch.as_tensor(part, dtype=torch.float32) for part in parts[:2])
-    train_targets, val_targets = (torch.as_tensor(part, dtype=torch.int64) for part in parts[2:])
-    return Data(train_inputs, train_targets, val_inputs, val_targets, classes=10)
+    def __init__(self, data: Data, batch_size: int, seed: int) -> None:
+        self._data = data
+        self._batch_size = batch_size
+        self._seed = seed
+        self._epoch = -1
+        self._order = torch.empty(0, dtype=torch.int64)
 
-
-DATASETS = {"digits": Dataset(digits, model="mlp", epochs=30, batch_size=32, levels=(5.0, 3.0), threads=1)}
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return the inputs and targets of gradient evaluation ``step``, counted from 0 over all epochs."""
+        epoch, place = divmod(step, batches_per_epoch(self._data, self._batch_size))
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(derive_seed(self._seed, epoch))
+            order = torch.randperm(len(self._data.train_targets), generator=generator)
+            self._epoch, self._order = epoch, order.to(self._data.train_targets.device)
+        chosen = self._order[place * self._batch_size : (place + 1) * self._batch_size]
+        return self._data.train_inputs.index_select(0, chosen), self._data.train_targets.index_select(0, chosen)
 
 
 def batches_per_epoch(data: Data, batch_size: int) -> int:
-    """Return the number of gradient evaluations in an epoch. Batches are full: what is left over waits for another epoch."""
+    """Return the number of gradient evaluations in an epoch."""
     return len(data.train_targets) // batch_size
-
-
-def batches(data: Data, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the (inputs, targets) of one epoch in a fresh order drawn from ``generator``."""
-    order = torch.randperm(len(data.train_targets), generator=generator)
-    for chosen in torch.split(order, batch_size)[: batches_per_epoch(data, batch_size)]:
-        yield data.train_inputs[chosen], data.train_targets[chosen]
