@@ -21,6 +21,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("deeprelax_cuda.train.command", "train", "train a network with one or several methods and compare them"),
+    "report": Command("deeprelax_cuda.train.report_command", "train", "make the table and the picture of finished runs again"),
 }
 
 

@@ -3,103 +3,239 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import os
+import shlex
+import sys
 import time
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from deeprelax_cuda import backends
 from deeprelax_cuda.cli import UsageError
+from deeprelax_cuda.machine import versions
 from deeprelax_cuda.noise import check_seed
-from deeprelax_cuda.train.data import DATASETS, batches_per_epoch
+from deeprelax_cuda.train import checkpoint
+from deeprelax_cuda.train.data import Data, batches_per_epoch
+from deeprelax_cuda.train.datasets import DATASETS
 from deeprelax_cuda.train.methods import METHODS
 from deeprelax_cuda.train.models import MODELS
+from deeprelax_cuda.train.schedules import SCHEDULES, Schedule
 
 T = TypeVar("T")
 
+CHECKPOINT = "checkpoint.pt"
+DTYPES = ("float32", "bfloat16")
+#: What may differ when a run goes on: where things are, and what is seen.
+ALONGSIDE_RESUME = ("resume", "data_root", "quiet", "checkpoint_every")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options. What is left at None takes the data set's or the method's own default."""
+    """Declare the options. What is not given is None or False, and takes the data's, the model's or the method's default."""
     problem = parser.add_argument_group("problem")
-    problem.add_argument("--data", choices=DATASETS, default="digits", help="default: %(default)s")
+    problem.add_argument("--data", choices=DATASETS, help="default: digits")
+    problem.add_argument("--data-root", type=Path, metavar="DIR", help="the folder with the files of mnist or cifar10")
     problem.add_argument("--model", choices=MODELS, help="default: the data's")
-    problem.add_argument(
-        "--method", choices=METHODS, nargs="+", default=["sgd", "entropy-sgd"], help="default: sgd entropy-sgd"
-    )
-    problem.add_argument("--seeds", type=_seed, nargs="+", default=[0, 1, 2], help="a run each; default: 0 1 2")
+    problem.add_argument("--method", choices=METHODS, nargs="+", help="default: sgd entropy-sgd")
+    problem.add_argument("--seeds", type=_seed, nargs="+", help="a run each; default: 0 1 2")
 
     budget = parser.add_argument_group("budget (default: the data's)")
     budget.add_argument("--epochs", type=_count, help="passes over the data: gradient evaluations / batches per epoch")
     budget.add_argument("--batch-size", type=_count, metavar="EXAMPLES")
-    budget.add_argument("--eval-every", type=_count, default=1, metavar="EPOCHS", help="default: 1")
-    budget.add_argument(
-        "--levels", type=float, nargs="+", metavar="PERCENT", help="errors of which to say when they were reached"
+    budget.add_argument("--eval-every", type=_positive, metavar="EPOCHS", help="need not be whole; default: 1")
+    budget.add_argument("--levels", type=float, nargs="+", metavar="LEVEL", help="errors in %%, or perplexities, to time")
+
+    schedule = parser.add_argument_group("learning rate (the outer step of entropy-sgd)")
+    schedule.add_argument("--lr", type=float, help="default: the method's")
+    schedule.add_argument("--lr-schedule", choices=SCHEDULES, help="over the epochs; default: constant")
+    schedule.add_argument(
+        "--lr-drops", type=_count, nargs="+", metavar="EPOCH", help="for step: the epochs after which it drops"
+    )
+    schedule.add_argument(
+        "--lr-factor", type=_positive, metavar="FACTOR", help="for step: what a drop multiplies by; default: 0.2"
     )
 
-    options = parser.add_argument_group("methods' options (default: the method's)")
-    options.add_argument("--lr", type=float, help="step size; that of the outer step for entropy-sgd")
+    options = parser.add_argument_group("methods' options (default: the model's, or else the method's)")
+    options.add_argument("--momentum", type=float, help="that of the outer step for entropy-sgd")
+    options.add_argument("--weight-decay", type=float)
+    options.add_argument("--inner-lr", type=float, help="step along the gradient")
+    options.add_argument("--inner-momentum", type=float)
     options.add_argument("--inner-steps", type=int, help="gradient evaluations per outer step")
     options.add_argument("--gamma", type=float, help="initial width of the relaxation; the coupling is 1/gamma")
     options.add_argument("--scoping", type=float, help="each outer step divides gamma by 1 + scoping")
+    options.add_argument("--gamma-min", type=float, help="floor of gamma")
+    options.add_argument(
+        "--gamma-total", type=float, help="gamma runs down from this with the elapsed time, in place of scoping"
+    )
     options.add_argument("--temperature", type=float, help="inner steps get noise of std sqrt(2 * inner_lr * temperature)")
+    options.add_argument("--ema-decay", type=float, help="weight of the old average in sgd-ema")
+    options.add_argument(
+        "--set", type=_assignment, nargs="+", metavar="METHOD.OPTION=VALUE", help="any option of one method's optimizer"
+    )
 
     machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", type=_device, help="default: cuda where there is one, else cpu")
+    machine.add_argument("--dtype", choices=DTYPES, help="of the network's parameters and inputs; default: float32")
+    machine.add_argument("--rounding", choices=("nearest", "stochastic"), help="of bfloat16 weights in entropy-sgd")
+    machine.add_argument(
+        "--master-weights", action="store_const", const=True, help="entropy-sgd keeps float32 weights beside bfloat16 ones"
+    )
     machine.add_argument("--backend", help=f"who computes the fused step: auto, {', '.join(backends.NAMES)}")
     machine.add_argument("--threads", type=_count, help="CPU threads; default: the data's, or else torch's")
 
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=Path, metavar="DIR", help="default: runs/DATA-MODEL-TIME")
+    output.add_argument(
+        "--checkpoint-every", type=_positive, default=60.0, metavar="SECONDS", help="default: 60; Ctrl-C and SIGTERM save too"
+    )
+    output.add_argument("--resume", type=Path, metavar="DIR", help="go on, bit for bit, with the run that was left in DIR")
     output.add_argument("--quiet", action="store_true", help="the table without progress")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train each method at each seed, print the table, write result.json and curves.png; return the exit status."""
+    """Train each method at each seed, write the results and print the table; return the exit status."""
     # Imported here, the optional packages are not needed for --help, and a missing one is named before any work.
-    from deeprelax_cuda.train import report
-    from deeprelax_cuda.train.compare import Settings, compare, rehearse
+    from deeprelax_cuda.train import report, results
+    from deeprelax_cuda.train.compare import Saver, Settings, compare, rehearse
+    from deeprelax_cuda.train.loop import Curve
+    from deeprelax_cuda.train.stopping import Stopped
 
-    dataset = DATASETS[args.data]
-    settings = Settings(
-        data=args.data,
-        model=args.model or dataset.model,
-        methods=_distinct("--method", args.method),
-        seeds=_distinct("--seeds", args.seeds),
-        epochs=args.epochs or dataset.epochs,
-        batch_size=args.batch_size or dataset.batch_size,
-        eval_every=args.eval_every,
-        levels=tuple(args.levels or dataset.levels),
-        options=_options(args),
-    )
-    data = dataset.load()
-    per_epoch = batches_per_epoch(data, settings.batch_size)
-    if per_epoch == 0:
-        raise UsageError(f"--batch-size: {settings.batch_size} is more than the {len(data.train_targets)} training examples")
-    torch.set_num_threads(args.threads or dataset.threads or torch.get_num_threads())
+    saved: dict[str, Any] = {}
+    if args.resume:
+        saved = _saved(args)
+        settings, root = Settings.of(saved["settings"]), args.data_root or (saved["data_root"] and Path(saved["data_root"]))
+    else:
+        settings, root = Settings(**_settings(args)), args.data_root
+    device = torch.device(settings.device)
+    _prepare(device, settings.threads)
+    data = _load(settings.data, root, settings.batch_size).to(device, getattr(torch, settings.dtype))
     comparison = rehearse(settings, data)
-    folder = args.out or Path("runs") / f"{settings.data}-{settings.model}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+    if args.resume:
+        folder = args.resume
+        if comparison.data != saved["data"]:
+            raise UsageError(f"--resume: the data under {root} is not the data that {folder} was begun with")
+        for name, curves in saved["curves"].items():
+            comparison.methods[name].curves.update({seed: Curve(**curve) for seed, curve in curves.items()})
+    else:
+        folder = _new_folder(args.out or Path("runs") / f"{settings.data}-{settings.model}-{time.strftime('%Y%m%d-%H%M%S')}")
+    saver = Saver(folder / CHECKPOINT, interval=args.checkpoint_every, data_root=root, begun=saved.get("run"))
+    if not args.resume:
+        saver.save(comparison, None)
+    try:
+        compare(comparison, data, quiet=args.quiet, saver=saver)
+    except Stopped as stopped:
+        print(f"\ndeeprelax train: stopped by {stopped} at {stopped.where}; saved", file=sys.stderr)
+        print(f"go on with: deeprelax train --resume {shlex.quote(str(folder))}", file=sys.stderr)
+        return 128 + stopped.signum
+    results.save(comparison, folder)
+    text = report.write(report.report_of({folder.name: comparison}), folder)
+    saver.path.unlink()
+    files = (results.RESULT, results.SECONDS, report.TABLE, report.PICTURE)
+    print(text, *(folder / file for file in files), sep="\n")
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of `Settings` that the options amount to."""
+    name = args.data or "digits"
+    dataset = DATASETS[name]
+    model = args.model or dataset.model
+    methods = _distinct("--method", args.method or ["sgd", "entropy-sgd"])
+    device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {
+        "data": name,
+        "model": model,
+        "methods": methods,
+        "seeds": _distinct("--seeds", args.seeds or [0, 1, 2]),
+        "epochs": args.epochs or dataset.epochs,
+        "batch_size": args.batch_size or dataset.batch_size,
+        "eval_every": args.eval_every or 1.0,
+        "levels": tuple(args.levels or dataset.levels),
+        "schedule": _schedule(args),
+        "dtype": args.dtype or "float32",
+        "device": str(device),
+        "threads": args.threads or dataset.threads or torch.get_num_threads(),
+        "options": _options(args, methods, MODELS[model].options),
+    }
+
+
+def _schedule(args: argparse.Namespace) -> Schedule:
+    kind = args.lr_schedule or "constant"
+    for option in ("lr_drops", "lr_factor"):
+        if getattr(args, option) is not None and kind != "step":
+            raise UsageError(f"--{option.replace('_', '-')}: needs --lr-schedule step")
+    if kind == "step" and not args.lr_drops:
+        raise UsageError("--lr-schedule step: needs --lr-drops EPOCH...")
+    return Schedule(kind, tuple(sorted(args.lr_drops or ())), args.lr_factor or (0.2 if kind == "step" else 1.0))
+
+
+def _options(args: argparse.Namespace, methods: tuple[str, ...], of_model: Any) -> dict[str, dict[str, Any]]:
+    """Return each method's options: the model's, those given to all, those given to it, each before the one before it."""
+    names = dict.fromkeys(name for method in METHODS.values() for name in method.options)
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    for name in given:
+        if name in ("rounding", "master_weights") and args.dtype != "bfloat16":
+            raise UsageError(f"--{name.replace('_', '-')}: needs --dtype bfloat16")
+        if not any(name in METHODS[method].options for method in methods):
+            raise UsageError(f"--{name.replace('_', '-')}: not an option of {' or '.join(methods)}")
+    options = {}
+    for method in methods:
+        options[method] = {name: value for name, value in {**of_model, **given}.items() if name in METHODS[method].options}
+    for method, name, value in args.set or ():
+        if method not in methods:
+            raise UsageError(f"--set: {method} is none of the methods {' '.join(methods)}")
+        options[method][name] = value
+    return options
+
+
+def _saved(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the content of the checkpoint in the folder that ``--resume`` names."""
+    given = [name for name, value in vars(args).items() if value not in (None, False) and name not in ALONGSIDE_RESUME]
+    if given:
+        raise UsageError(f"--resume: takes its settings from the run in {args.resume}, and no --{given[0].replace('_', '-')}")
+    path = args.resume / CHECKPOINT
+    if args.resume.is_dir() and not path.exists():
+        raise UsageError(f"--resume: {args.resume} has no {CHECKPOINT}: no run was left there, or it is finished")
+    saved = checkpoint.read(path)
+    for name, version in versions().items():
+        if saved["versions"].get(name) != version:
+            begun = saved["versions"].get(name)
+            print(f"deeprelax train: begun with {name} {begun}, goes on with {version}: bits may differ", file=sys.stderr)
+    return saved
+
+
+def _prepare(device: torch.device, threads: int) -> None:
+    """Set what the bits of a run depend on beside its settings."""
+    torch.set_num_threads(threads)
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"--device: {device} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def _load(name: str, root: Path | None, batch_size: int) -> Data:
+    data = DATASETS[name].load(root)
+    if batches_per_epoch(data, batch_size) == 0:
+        raise UsageError(f"--batch-size: {batch_size} is more than the {len(data.train_targets)} training examples")
+    return data
+
+
+def _new_folder(folder: Path) -> Path:
+    """Make the folder of a new run, unless it is that of one which can still go on."""
+    if (folder / CHECKPOINT).exists():
+        raise UsageError(f"--out: {folder} has an unfinished run: --resume {folder} goes on with it, or choose another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out: {error}") from error
-
-    compare(comparison, data, quiet=args.quiet)
-    report.save(comparison, folder)
-    examples = f"{len(data.train_targets)} examples to train on, {len(data.val_targets)} to validate"
-    budget = f"{settings.epochs} epochs of {per_epoch} gradient evaluations; seeds {' '.join(map(str, settings.seeds))}"
-    print(f"{settings.data}, {settings.model}: {examples}; {budget}\n\n{report.table(comparison)}\n")
-    print(f"{folder / 'result.json'}\n{folder / 'curves.png'}")
-    return 0
-
-
-def _options(args: argparse.Namespace) -> dict[str, object]:
-    """Return the methods' options that were given, refusing one that no chosen method takes."""
-    names = dict.fromkeys(name for method in METHODS.values() for name in method.options)
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    for name in given:
-        if not any(name in METHODS[method].options for method in args.method):
-            raise UsageError(f"--{name.replace('_', '-')}: not an option of {' or '.join(args.method)}")
-    return given
+    return folder
 
 
 def _distinct(option: str, values: list[T]) -> tuple[T, ...]:
@@ -113,6 +249,36 @@ def _count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
     return int(text)
+
+
+def _positive(text: str) -> float:
+    """Read a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return value
+
+
+def _device(text: str) -> torch.device:
+    try:
+        return torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _assignment(text: str) -> tuple[str, str, Any]:
+    """Read METHOD.OPTION=VALUE; a value that is no Python literal is a string."""
+    target, equals, value = text.partition("=")
+    method, dot, option = target.partition(".")
+    if not (equals and dot and option.isidentifier()):
+        raise argparse.ArgumentTypeError(f"expected METHOD.OPTION=VALUE, got {text}")
+    try:
+        return method, option, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return method, option, value
 
 
 def _seed(text: str) -> int:

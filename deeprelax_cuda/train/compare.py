@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
 
 from deeprelax_cuda.cli import UsageError
-from deeprelax_cuda.noise import derive_seed
-from deeprelax_cuda.train.data import Data, batches, batches_per_epoch
-from deeprelax_cuda.train.loop import Curve, gradient_step, train
+from deeprelax_cuda.machine import platform, versions
+from deeprelax_cuda.train import checkpoint
+from deeprelax_cuda.train.data import Data, batches_per_epoch
+from deeprelax_cuda.train.datasets import DATASETS
+from deeprelax_cuda.train.loop import Curve, Run
+from deeprelax_cuda.train.measures import MEASURES, Measure
 from deeprelax_cuda.train.methods import METHODS, backend_of, settings_of
 from deeprelax_cuda.train.models import MODELS
-from deeprelax_cuda.train.progress import make_progress
+from deeprelax_cuda.train.progress import Progress, make_progress
+from deeprelax_cuda.train.schedules import Schedule
+from deeprelax_cuda.train.stopping import Stopped, stopping
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a comparison is made of. ``options`` are the optimizers' options that were given, for the methods that take them."""
+    """What a comparison is made of, and what its bits depend on; numbers and strings, so that it can be saved."""
 
     data: str
     model: str
@@ -28,9 +33,21 @@ class Settings:
     seeds: tuple[int, ...]
     epochs: int
     batch_size: int
-    eval_every: int
+    eval_every: float
     levels: tuple[float, ...]
-    options: dict[str, Any]
+    schedule: Schedule
+    dtype: str
+    device: str
+    threads: int
+    options: dict[str, dict[str, Any]]
+    """The optimizers' options that were given, by the method's name."""
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> Settings:
+        """Return the settings whose ``asdict`` was saved, by JSON for example, which has no tuples."""
+        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+        values["schedule"] = Schedule(**{**saved["schedule"], "drops": tuple(saved["schedule"]["drops"])})
+        return cls(**values)
 
 
 @dataclass
@@ -44,10 +61,19 @@ class Trained:
 
 @dataclass
 class Comparison:
-    """The settings of a comparison and what came out of it, by the methods' names."""
+    """The settings of a comparison, what it was made with, and what came out of it, by the methods' names."""
 
     settings: Settings
+    data: dict[str, Any]
+    """The number of ``train_examples`` and ``val_examples``, and the ``digest`` of the data."""
+    versions: dict[str, Any]
+    platform: dict[str, Any]
     methods: dict[str, Trained]
+
+    @property
+    def measure(self) -> Measure:
+        """What its validations measured."""
+        return MEASURES[DATASETS[self.settings.data].measure]
 
 
 def rehearse(settings: Settings, data: Data) -> Comparison:
@@ -57,52 +83,102 @@ def rehearse(settings: Settings, data: Data) -> Comparison:
     measured seconds.
 
     Raises:
-        UsageError: an optimizer refuses its options, or the backend asked for cannot serve.
+        UsageError: the network or an optimizer refuses its options, or the backend asked for cannot serve.
     """
-    comparison = Comparison(settings, {})
+    facts = {"digest": data.digest, "train_examples": len(data.train_targets), "val_examples": len(data.val_targets)}
+    comparison = Comparison(settings, facts, versions(), platform(), {})
     for name in settings.methods:
         try:
-            model, optimizer = build(name, settings.seeds[0], settings, data)
-            inputs, targets = next(batches(data, settings.batch_size, data_order(settings.seeds[0])))
-            gradient_step(model, optimizer, inputs, targets)
+            run = build(name, settings.seeds[0], settings, data)
+            next(run.steps(Progress(), lambda: None))
         except (TypeError, ValueError, RuntimeError) as error:
             raise UsageError(f"{name}: {error}") from error
-        comparison.methods[name] = Trained(settings_of(optimizer), backend_of(optimizer), {})
+        comparison.methods[name] = Trained(settings_of(run.optimizer), backend_of(run.optimizer), {})
     return comparison
 
 
-def compare(comparison: Comparison, data: Data, *, quiet: bool) -> None:
-    """Add the curve of every method at every seed, showing progress on standard error unless ``quiet``."""
+def compare(comparison: Comparison, data: Data, *, quiet: bool, saver: Saver | None = None) -> None:
+    """Add the curve of every method at every seed that has none yet, showing progress on standard error unless ``quiet``.
+
+    Raises:
+        Stopped: by a signal; the comparison is saved, and its ``where`` says how far it got.
+    """
     settings = comparison.settings
+    run_steps = settings.epochs * batches_per_epoch(data, settings.batch_size)
     runs = [(name, seed) for seed in settings.seeds for name in settings.methods]
-    steps = len(runs) * settings.epochs * batches_per_epoch(data, settings.batch_size)
-    progress = make_progress(steps=steps, epochs=settings.epochs, quiet=quiet)
+    left = [(name, seed) for name, seed in runs if seed not in comparison.methods[name].curves]
+    begun = saver.begun if saver else None
+    done = (len(runs) - len(left)) * run_steps + (begun["step"] if begun else 0)
+    progress = make_progress(steps=len(runs) * run_steps, done=done, epochs=settings.epochs, quiet=quiet)
     try:
-        for name, seed in runs:
-            progress.run(f"{name}, seed {seed}")
-            model, optimizer = build(name, seed, settings, data)
-            comparison.methods[name].curves[seed] = train(
-                model,
-                optimizer,
-                data,
-                order=data_order(seed),
-                epochs=settings.epochs,
-                batch_size=settings.batch_size,
-                eval_every=settings.eval_every,
-                progress=progress,
-            )
+        with stopping() as stop:
+            for name, seed in left:
+                progress.run(f"{name}, seed {seed}")
+                run = build(name, seed, settings, data)
+                if begun:
+                    run.load_state_dict(begun)
+                    begun = None
+                try:
+                    for _ in run.steps(progress, stop.check):
+                        if saver and saver.is_due():
+                            saver.save(comparison, run)
+                        stop.check()
+                except Stopped as stopped:
+                    stopped.where = f"{name}, seed {seed}, after {run.step} of {run_steps} gradient evaluations"
+                    if saver:
+                        saver.save(comparison, run)
+                    raise
+                comparison.methods[name].curves[seed] = run.curve
     finally:
         progress.close()
 
 
-def build(method: str, seed: int, settings: Settings, data: Data) -> tuple[nn.Module, Optimizer]:
-    """Return the network, with the weights that belong to ``seed``, and the method's optimizer of it."""
+def build(method: str, seed: int, settings: Settings, data: Data) -> Run:
+    """Return a run at its start: the network with the weights that belong to ``seed``, and the method's optimizer of it."""
+    device, dtype = torch.device(settings.device), getattr(torch, settings.dtype)
     torch.manual_seed(seed)
-    model = MODELS[settings.model](data.train_inputs.shape[1:], data.classes)
-    taken = {name: value for name, value in settings.options.items() if name in METHODS[method].options}
-    return model, METHODS[method].make(model.parameters(), seed, **taken)
+    model = MODELS[settings.model].build(data.train_inputs.shape[1:], data.classes).to(device, dtype)
+    optimizer = METHODS[method].make(model.parameters(), seed, **settings.options[method])
+    return Run(
+        model,
+        optimizer,
+        settings.schedule.make(optimizer, settings.epochs),
+        data,
+        MEASURES[DATASETS[settings.data].measure],
+        seed=seed,
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        eval_every=settings.eval_every,
+    )
 
 
-def data_order(seed: int) -> torch.Generator:
-    """Return the generator of the data order that belongs to ``seed``, whatever the method."""
-    return torch.Generator().manual_seed(derive_seed(seed, 0))
+class Saver:
+    """Saves a comparison in progress now and then, and is where a new process finds it."""
+
+    def __init__(self, path: Path, *, interval: float, data_root: Path | None, begun: dict[str, Any] | None = None) -> None:
+        """``interval`` in seconds; ``begun`` is the state of the run in whose middle an earlier process was left."""
+        self.path = path
+        self.begun = begun
+        self._interval = interval
+        self._data_root = data_root
+        self._next = time.monotonic() + interval
+
+    def is_due(self) -> bool:
+        """Whether the interval is over."""
+        return time.monotonic() >= self._next
+
+    def save(self, comparison: Comparison, run: Run | None) -> None:
+        """Write the comparison with the ``run`` that is in progress."""
+        content = {
+            "settings": asdict(comparison.settings),
+            "data": comparison.data,
+            "data_root": str(self._data_root) if self._data_root else None,
+            "versions": comparison.versions,
+            "curves": {
+                name: {seed: asdict(curve) for seed, curve in trained.curves.items()}
+                for name, trained in comparison.methods.items()
+            },
+            "run": run.state_dict() if run else None,
+        }
+        checkpoint.write(self.path, content)
+        self._next = time.monotonic() + self._interval

@@ -28,7 +28,9 @@ class Data:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Data:
         """Return the data on ``device``, inputs that are floating in ``dtype``."""
-        moved = {name: getattr(self, name).to(device) for name in ("train_inputs", "train_targets", "val_inputs", "val_targets")}
+        moved = {
+            name: getattr(self, name).to(device) for name in ("train_inputs", "train_targets", "val_inputs", "val_targets")
+        }
         for name in ("train_inputs", "val_inputs"):
             if moved[name].is_floating_point():
                 moved[name] = moved[name].to(dtype)

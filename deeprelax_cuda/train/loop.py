@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from deeprelax_cuda.train.data import Data, batches, batches_per_epoch
+from deeprelax_cuda.batch_norm import recalibrate_batch_norm
+from deeprelax_cuda.train.data import Batches, Data, batches_per_epoch
+from deeprelax_cuda.train.measures import Measure
 from deeprelax_cuda.train.progress import Progress
+from deeprelax_cuda.train.stopwatch import PARTS, Stopwatch
 
-#: Examples per forward pass of an evaluation: bounds its memory, and has no part in its result.
+#: Examples per forward pass of an evaluation: bounds its memory.
 EVALUATION_CHUNK = 1000
 
 
@@ -25,16 +28,18 @@ class Curve:
     """What was seen along one run, one entry per evaluation."""
 
     gradient_evaluations: list[int] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    """Seconds of training, evaluations left out."""
     train_loss: list[float] = field(default_factory=list)
-    """Mean cross-entropy, in nats, over the batches of the epoch as they were trained on."""
-    validation_error: list[float] = field(default_factory=list)
-    """In %, at the method's answer."""
+    """Mean cross-entropy, in nats, over the batches since the evaluation before, as they were trained on."""
+    validation: list[float] = field(default_factory=list)
+    """The data's measure, at the method's answer."""
+    seconds: list[float] = field(default_factory=list)
+    """Seconds of training, without evaluations and checkpoints."""
+    parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    """The seconds of the whole run by what they went to."""
 
     def reached(self, level: float) -> int | None:
-        """Return the place of the first evaluation with an error of at most ``level`` %, or None."""
-        return next((i for i, error in enumerate(self.validation_error) if error <= level), None)
+        """Return the place of the first evaluation with a value of at most ``level``, or None."""
+        return next((i for i, value in enumerate(self.validation) if value <= level), None)
 
 
 @runtime_checkable
@@ -59,59 +64,138 @@ def at_answer(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
         model.train()
 
 
-@torch.no_grad()
-def validation_error(model: nn.Module, data: Data) -> float:
-    """Return the part of all validation images, in %, that ``model`` gets wrong."""
-    wrong = 0
-    chunks = (torch.split(part, EVALUATION_CHUNK) for part in (data.val_inputs, data.val_targets))
-    for inputs, targets in zip(*chunks, strict=True):
-        wrong += int((model(inputs).argmax(dim=1) != targets).sum())
-    return 100.0 * wrong / len(data.val_targets)
+def predictions(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return outputs of shape (predictions, classes) and targets of shape (predictions,); a text has many in an example."""
+    return outputs.flatten(0, -2), targets.flatten()
 
 
-def gradient_step(model: nn.Module, optimizer: Optimizer, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Take one step on one batch; return its mean loss, detached and still on its device."""
-    loss = cross_entropy(model(inputs), targets)
-    optimizer.zero_grad()
-    torch.autograd.backward(loss)
-    optimizer.step()
-    return loss.detach()
+class Run:
+    """One training run, which can be left after any step and gone on with in another process, to the bit.
 
-
-def train(
-    model: nn.Module,
-    optimizer: Optimizer,
-    data: Data,
-    *,
-    order: torch.Generator,
-    epochs: int,
-    batch_size: int,
-    eval_every: int,
-    progress: Progress,
-) -> Curve:
-    """Train ``model`` in place and return its curve.
-
-    Whatever the method, an epoch is one gradient evaluation for each of its batches, in an order drawn from ``order``.
-    There is an evaluation after every ``eval_every`` epochs and after the last one.
+    Whatever the method, an epoch is one gradient evaluation for each of its batches. After every ``eval_every`` epochs, which
+    need not be whole, and at the end, the method's answer is validated, with batch norm's statistics taken anew there.
     """
-    curve = Curve()
-    per_epoch = batches_per_epoch(data, batch_size)
-    seconds = 0.0
-    for epoch in range(1, epochs + 1):
-        start = time.perf_counter()
-        total = torch.zeros(())
-        for inputs, targets in batches(data, batch_size, order):
-            total += gradient_step(model, optimizer, inputs, targets)
-            progress.step()
-        loss = total.item() / per_epoch
-        seconds += time.perf_counter() - start
 
-        if epoch % eval_every == 0 or epoch == epochs:
-            with at_answer(model, optimizer):
-                error = validation_error(model, data)
-            curve.gradient_evaluations.append(epoch * per_epoch)
-            curve.seconds.append(seconds)
-            curve.train_loss.append(loss)
-            curve.validation_error.append(error)
-            progress.evaluated(epoch, loss, error)
-    return curve
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        scheduler: LRScheduler,
+        data: Data,
+        measure: Measure,
+        *,
+        seed: int,
+        epochs: int,
+        batch_size: int,
+        eval_every: float,
+    ) -> None:
+        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self.data, self.measure = data, measure
+        self.per_epoch = batches_per_epoch(data, batch_size)
+        self.last_step = epochs * self.per_epoch
+        self.due = evaluation_steps(self.last_step, eval_every * self.per_epoch)
+        self.batches = Batches(data, batch_size, seed)
+        self.stopwatch = Stopwatch(data.train_targets.device)
+        self.curve = Curve()
+        self.step = 0
+        self.loss_sum = torch.zeros((), device=data.train_targets.device)
+
+    def steps(self, progress: Progress, check: Callable[[], None]) -> Iterator[None]:
+        """Take the steps that are left, yielding after each, when the run may be saved or left.
+
+        ``check`` is called between the batches of an evaluation and may raise; the evaluation is then made anew in due time.
+        """
+        while True:
+            if self.step in self.due and self.step != self._evaluated:
+                self._evaluate(progress, check)
+            elif self.step % self.per_epoch == 0 and self.step != self._evaluated:
+                progress.epoch(self.step // self.per_epoch, self._mean_loss())
+            if self.step == self.last_step:
+                return
+            self.stopwatch.start()
+            inputs, targets = self.batches[self.step]
+            self.stopwatch.lap("data")
+            self.optimizer.zero_grad()
+            loss = cross_entropy(*predictions(self.model(inputs), targets))
+            torch.autograd.backward(loss)
+            self.stopwatch.lap("forward_backward")
+            self.optimizer.step()
+            self.loss_sum += loss.detach()
+            self.stopwatch.lap("optimizer")
+            self.step += 1
+            if self.step % self.per_epoch == 0:
+                self.scheduler.step()
+            progress.step()
+            yield
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the run is after this step, the state of torch's generators included."""
+        device = self.data.train_targets.device
+        return {
+            "step": self.step,
+            "loss_sum": self.loss_sum.clone(),
+            "curve": asdict(self.curve),
+            "seconds": self.stopwatch.read(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "generator": torch.get_rng_state(),
+            "cuda_generator": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what ``state_dict`` returned for the same settings."""
+        self.step = state["step"]
+        self.loss_sum.copy_(state["loss_sum"])
+        self.curve = Curve(**state["curve"])
+        self.stopwatch.set(state["seconds"])
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        torch.set_rng_state(state["generator"])
+        if state["cuda_generator"] is not None:
+            torch.cuda.set_rng_state(state["cuda_generator"], self.data.train_targets.device)
+
+    @property
+    def _evaluated(self) -> int:
+        """The step of the last evaluation, or 0."""
+        return self.curve.gradient_evaluations[-1] if self.curve.gradient_evaluations else 0
+
+    def _mean_loss(self) -> float:
+        return self.loss_sum.item() / (self.step - self._evaluated)
+
+    def _evaluate(self, progress: Progress, check: Callable[[], None]) -> None:
+        with at_answer(self.model, self.optimizer):
+            value = validate(self.model, self.data, self.measure, check)
+        seconds, loss = self.stopwatch.read(), self._mean_loss()
+        self.curve.gradient_evaluations.append(self.step)
+        self.curve.train_loss.append(loss)
+        self.curve.validation.append(value)
+        self.curve.seconds.append(sum(seconds.values()))
+        self.curve.parts = seconds
+        self.loss_sum.zero_()
+        progress.evaluated(self.step / self.per_epoch, loss, self.measure.say(value))
+
+
+def evaluation_steps(last: int, interval: float) -> set[int]:
+    """Return the gradient evaluations after which to validate: the whole numbers nearest to each interval, and the last."""
+    return {max(1, round(i * interval)) for i in range(1, int(last / interval) + 1)} | {last}
+
+
+@torch.no_grad()
+def validate(model: nn.Module, data: Data, measure: Measure, check: Callable[[], None] = lambda: None) -> float:
+    """Return the measure of ``model``, in evaluation mode, over all validation data; the model is left as it was.
+
+    Batch norm's statistics are those of all training inputs at the present weights.
+    """
+
+    def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        for chunk in zip(*(torch.split(tensor, EVALUATION_CHUNK) for tensor in tensors), strict=True):
+            check()
+            yield chunk
+
+    total = 0.0
+    with recalibrate_batch_norm(model, chunks(data.train_inputs)):
+        for inputs, targets in chunks(data.val_inputs, data.val_targets):
+            total += measure.sum(*predictions(model(inputs), targets)).item()
+    return measure.of_mean(total / data.val_targets.numel())

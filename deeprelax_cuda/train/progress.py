@@ -9,16 +9,19 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Is told about every run, gradient step and evaluation of a comparison; this one says nothing."""
+    """Is told about every run, gradient step, epoch and evaluation of a comparison; this one says nothing."""
 
     def run(self, name: str) -> None:
-        """A run begins."""
+        """A run begins or goes on."""
 
     def step(self) -> None:
         """A gradient step was taken."""
 
-    def evaluated(self, epoch: int, loss: float, error: float) -> None:
-        """An epoch ended with this mean loss (nats) and this validation error (%)."""
+    def epoch(self, epoch: int, loss: float) -> None:
+        """An epoch ended without an evaluation; ``loss`` is the mean since the last one, in nats."""
+
+    def evaluated(self, epoch: float, loss: float, measured: str) -> None:
+        """An evaluation, ``epoch`` epochs into the run, gave this."""
 
     def close(self) -> None:
         """No more is coming."""
@@ -27,8 +30,8 @@ class Progress:
 class Bar(Progress):
     """One bar over all runs, so that the time left is the time until the result."""
 
-    def __init__(self, steps: int) -> None:
-        self._bar = tqdm(total=steps, unit="batch", dynamic_ncols=True)
+    def __init__(self, steps: int, done: int) -> None:
+        self._bar = tqdm(total=steps, initial=done, unit="batch", dynamic_ncols=True)
 
     def run(self, name: str) -> None:
         self._bar.set_description(name)
@@ -36,8 +39,8 @@ class Bar(Progress):
     def step(self) -> None:
         self._bar.update()
 
-    def evaluated(self, epoch: int, loss: float, error: float) -> None:
-        self._bar.set_postfix_str(f"loss {loss:.3g}, error {error:.2f} %", refresh=False)
+    def evaluated(self, epoch: float, loss: float, measured: str) -> None:
+        self._bar.set_postfix_str(f"loss {loss:.3g}, {measured}", refresh=False)
 
     def close(self) -> None:
         self._bar.close()
@@ -46,22 +49,33 @@ class Bar(Progress):
 class Lines(Progress):
     """One line an epoch on standard error, for logs."""
 
-    def __init__(self, epochs: int) -> None:
-        self._epochs = epochs
+    def __init__(self, steps: int, done: int, epochs: int) -> None:
+        self._steps, self._done, self._epochs = steps, done, epochs
+        self._taken = 0
         self._start = time.perf_counter()
         self._name = ""
 
     def run(self, name: str) -> None:
         self._name = name
 
-    def evaluated(self, epoch: int, loss: float, error: float) -> None:
+    def step(self) -> None:
+        self._taken += 1
+
+    def epoch(self, epoch: int, loss: float) -> None:
+        self._say(epoch, f"loss {loss:.3g}")
+
+    def evaluated(self, epoch: float, loss: float, measured: str) -> None:
+        self._say(epoch, f"loss {loss:.3g}, {measured}")
+
+    def _say(self, epoch: float, what: str) -> None:
         elapsed = time.perf_counter() - self._start
-        text = f"{self._name}: epoch {epoch}/{self._epochs}, loss {loss:.3g}, error {error:.2f} %, {elapsed:.1f} s"
-        print(text, file=sys.stderr, flush=True)
+        left = (self._steps - self._done - self._taken) * elapsed / max(1, self._taken)
+        line = f"{self._name}: epoch {epoch:.4g}/{self._epochs}, {what}, {elapsed:.0f} s, {left:.0f} s left"
+        print(line, file=sys.stderr, flush=True)
 
 
-def make_progress(*, steps: int, epochs: int, quiet: bool) -> Progress:
-    """Return what suits standard error for runs of ``epochs`` epochs each and ``steps`` gradient steps in all."""
+def make_progress(*, steps: int, done: int, epochs: int, quiet: bool) -> Progress:
+    """Return what suits standard error for runs of ``epochs`` epochs each, of whose ``steps`` gradient steps some are done."""
     if quiet:
         return Progress()
-    return Bar(steps) if sys.stderr.isatty() else Lines(epochs)
+    return Bar(steps, done) if sys.stderr.isatty() else Lines(steps, done, epochs)

@@ -1,97 +1,184 @@
-"""What is written about a comparison: a table, curves as a picture, and everything as JSON."""
+"""What a reader sees of comparisons: a table, and curves as a picture."""
 
 from __future__ import annotations
 
 import itertools
-import json
-import math
-import os
-import platform
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
-import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from deeprelax_cuda import __version__
+from deeprelax_cuda.cli import UsageError
+from deeprelax_cuda.train import storage
 from deeprelax_cuda.train.compare import Comparison
+from deeprelax_cuda.train.loop import Curve
+from deeprelax_cuda.train.measures import Measure
+
+TABLE = "table.txt"
+PICTURE = "curves.png"
 
 #: Okabe and Ito's colours, which readers of every kind of colour vision tell apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX"
+#: Evaluations up to which each is marked.
+MARKED = 40
+
+PARTS = {"forward_backward": "  forward and backward", "optimizer": "  optimizer", "data": "  data"}
 
 
-def table(comparison: Comparison) -> str:
-    """Return the table of a comparison: a column a method, mean +- standard deviation over the seeds.
+@dataclass
+class Column:
+    """One method's curves in a report."""
+
+    label: str
+    curves: list[Curve]
+
+
+@dataclass
+class Report:
+    """Columns of one comparison, or of several of the same data, with what they have in common."""
+
+    title: str
+    measure: Measure
+    levels: tuple[float, ...]
+    columns: list[Column]
+
+
+def report_of(comparisons: dict[str, Comparison], levels: tuple[float, ...] | None = None) -> Report:
+    """Return the report of comparisons, which ``comparisons`` has by a name for each, that of its folder for example.
+
+    ``levels`` default to those of the settings. A method that several comparisons have is labelled with the network, if that
+    differs, and else with the comparison's name.
+
+    Raises:
+        UsageError: they are of different data, so that there is nothing to compare.
+    """
+    first = next(iter(comparisons.values()))
+    for name, comparison in comparisons.items():
+        if (comparison.settings.data, comparison.data) != (first.settings.data, first.data):
+            raise UsageError(
+                f"{name}: a run on other data ({_data(comparison)}) than {next(iter(comparisons))} ({_data(first)})"
+            )
+    found = [(name, made, method) for name, made in comparisons.items() for method in made.methods]
+    labels: list[str] = [method for _, _, method in found]
+    several_models = len({made.settings.model for made in comparisons.values()}) > 1
+    if several_models:
+        labels = [f"{made.settings.model} {method}" for _, made, method in found]
+    labels = [
+        f"{label} ({name})" if labels.count(label) > 1 else label for label, (name, _, _) in zip(labels, found, strict=True)
+    ]
+    columns = [
+        Column(label, list(made.methods[method].curves.values()))
+        for label, (_, made, method) in zip(labels, found, strict=True)
+    ]
+    all_levels = {level: None for made in comparisons.values() for level in made.settings.levels}
+    title = "\n".join(dict.fromkeys(_title(made) for made in comparisons.values()))
+    return Report(title, first.measure, levels or tuple(sorted(all_levels, reverse=True)), columns)
+
+
+def _data(comparison: Comparison) -> str:
+    return f"{comparison.settings.data}, {comparison.data['digest'][:12]}"
+
+
+def _title(comparison: Comparison) -> str:
+    settings, examples = comparison.settings, comparison.data["train_examples"]
+    return (
+        f"{settings.data}, {settings.model}: {examples} examples to train on, {comparison.data['val_examples']} to validate; "
+        f"{settings.epochs} epochs of {examples // settings.batch_size} gradient evaluations; "
+        f"seeds {' '.join(map(str, settings.seeds))}"
+    )
+
+
+def table(report: Report) -> str:
+    """Return the table of a report: a column a method, mean +- standard deviation over the seeds.
 
     A level is reached at the first evaluation that is at or below it. Where only some seeds reach it, the mean is over those
     and their number is said.
     """
-    names = list(comparison.methods)
-    columns = [list(trained.curves.values()) for trained in comparison.methods.values()]
-    rows = [
-        ["", *names],
-        ["final validation error, %", *(_mean([c.validation_error[-1] for c in curves], ".2f") for curves in columns)],
-        ["best validation error, %", *(_mean([min(c.validation_error) for c in curves], ".2f") for curves in columns)],
-        ["training seconds", *(_mean([c.seconds[-1] for c in curves], ".2f") for curves in columns)],
-    ]
-    for level in comparison.settings.levels:
-        found = [[(curve, at) for curve in curves if (at := curve.reached(level)) is not None] for curves in columns]
-        shares = ["" if len(f) == len(c) else f" ({len(f)} of {len(c)})" for f, c in zip(found, columns, strict=True)]
-        evaluations = [_mean([curve.gradient_evaluations[at] for curve, at in f], ".0f") for f in found]
-        seconds = [_mean([curve.seconds[at] for curve, at in f], ".2f") for f in found]
-        rows.append([f"gradient evaluations to {level:g} %", *map(str.__add__, evaluations, shares)])
-        rows.append([f"seconds to {level:g} %", *map(str.__add__, seconds, shares)])
+    rows = [["", *(column.label for column in report.columns)]]
+
+    def add(name: str, form: str, value: Callable[[Curve], float | None]) -> None:
+        rows.append([name, *(_cell([value(curve) for curve in column.curves], form) for column in report.columns)])
+
+    def reached(level: float, values: str) -> Callable[[Curve], float | None]:
+        return lambda curve: None if (at := curve.reached(level)) is None else getattr(curve, values)[at]
+
+    add(f"final {report.measure.label}", ".2f", lambda curve: curve.validation[-1])
+    add(f"best {report.measure.label}", ".2f", lambda curve: min(curve.validation))
+    for level in report.levels:
+        goal = f"{level:g} {report.measure.unit}".rstrip()
+        add(f"gradient evaluations to {goal}", ".0f", reached(level, "gradient_evaluations"))
+        add(f"seconds to {goal}", ".1f", reached(level, "seconds"))
+    add("training seconds", ".1f", lambda curve: curve.seconds[-1])
+    add("ms per gradient evaluation", ".2f", lambda curve: _milliseconds(curve, curve.seconds[-1]))
+    for part, name in PARTS.items():
+        add(name, ".2f", lambda curve, part=part: _milliseconds(curve, curve.parts[part]))  # type: ignore[misc]
+    add("time over forward and backward, %", ".1f", _overhead)
+
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["   ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
     return "\n".join(lines)
 
 
-def _mean(values: Sequence[float], form: str) -> str:
-    if not values:
-        return "-"
-    mean = f"{statistics.mean(values):{form}}"
-    return mean if len(values) == 1 else f"{mean} +- {statistics.stdev(values):{form}}"
+def _milliseconds(curve: Curve, seconds: float) -> float:
+    return 1e3 * seconds / curve.gradient_evaluations[-1]
 
 
-def figure(comparison: Comparison) -> Figure:
-    """Return the validation error of each method against gradient evaluations and against seconds of training.
+def _overhead(curve: Curve) -> float:
+    """Return how much longer training took than its forward and backward passes alone, in %."""
+    return 100.0 * (curve.seconds[-1] / curve.parts["forward_backward"] - 1.0)
+
+
+def _cell(values: Sequence[float | None], form: str) -> str:
+    there = [value for value in values if value is not None]
+    share = "" if len(there) == len(values) else f" ({len(there)} of {len(values)})"
+    if not there:
+        return f"-{share}"
+    mean = f"{statistics.mean(there):{form}}"
+    return f"{mean}{share}" if len(there) == 1 else f"{mean} +- {statistics.stdev(there):{form}}{share}"
+
+
+def figure(report: Report) -> Figure:
+    """Return the measure of each method against gradient evaluations and against seconds of training.
 
     Lines are means over the seeds, bands reach from the lowest to the highest seed.
     """
     picture = Figure(figsize=(7.0, 2.9), layout="constrained")
     FigureCanvasAgg(picture)
     by_evaluations, by_seconds = picture.subplots(1, 2, sharey=True, gridspec_kw={"wspace": 0.06})
-    for (name, trained), colour in zip(comparison.methods.items(), itertools.cycle(COLOURS)):
-        curves = list(trained.curves.values())
-        errors = list(zip(*(curve.validation_error for curve in curves), strict=True))
-        mean, lowest, highest = ([f(e) for e in errors] for f in (statistics.mean, min, max))
-        seconds = [statistics.mean(times) for times in zip(*(curve.seconds for curve in curves), strict=True)]
-        for axes, x in ((by_evaluations, curves[0].gradient_evaluations), (by_seconds, seconds)):
-            axes.plot(x, mean, color=colour, linewidth=1.4, label=name)
-            axes.fill_between(x, lowest, highest, color=colour, alpha=0.2, linewidth=0)
+    for column, colour, marker in zip(report.columns, itertools.cycle(COLOURS), itertools.cycle(MARKERS)):
+        values = list(zip(*(curve.validation for curve in column.curves), strict=True))
+        mean, lowest, highest = ([f(seeds) for seeds in values] for f in (statistics.mean, min, max))
+        seconds = [statistics.mean(times) for times in zip(*(curve.seconds for curve in column.curves), strict=True)]
+        style = {"color": colour, "linewidth": 1.4, "markersize": 3.2, "label": column.label}
+        for axes, x in ((by_evaluations, column.curves[0].gradient_evaluations), (by_seconds, seconds)):
+            axes.plot(x, mean, marker=marker if len(x) <= MARKED else None, **style)
+            axes.fill_between(x, lowest, highest, color=colour, alpha=0.18, linewidth=0)
     for axes, label in ((by_evaluations, "gradient evaluations"), (by_seconds, "training time (s)")):
         axes.set_xlabel(label)
         axes.set_xlim(left=0)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="0.9", linewidth=0.6)
         axes.set_axisbelow(True)
-    by_evaluations.set_ylabel("validation error (%)")
-    if all(min(curve.validation_error) > 0 for trained in comparison.methods.values() for curve in trained.curves.values()):
-        _log_error_axis(by_evaluations)
-    seeds = len(comparison.settings.seeds)
-    by_seconds.legend(frameon=False, title=f"mean and range of {seeds} seeds" if seeds > 1 else None, alignment="left")
+    measure = report.measure
+    by_evaluations.set_ylabel(f"{measure.name} ({measure.unit})" if measure.unit else measure.name)
+    curves = [curve for column in report.columns for curve in column.curves]
+    if all(value > 0 for curve in curves for value in curve.validation):
+        _logarithmic(by_evaluations)
+    seeds = {len(column.curves) for column in report.columns}
+    title = f"mean and range of {'/'.join(map(str, sorted(seeds)))} seeds" if max(seeds) > 1 else None
+    by_seconds.legend(frameon=False, title=title, alignment="left")
     return picture
 
 
-def _log_error_axis(axes: Axes) -> None:
+def _logarithmic(axes: Axes) -> None:
     """Errors fall by orders of magnitude: a logarithmic axis, with its ticks written as plain numbers."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -99,42 +186,12 @@ def _log_error_axis(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def save(comparison: Comparison, folder: Path) -> None:
-    """Write ``result.json`` and ``curves.png`` into ``folder``, which exists; a reader never sees half of either."""
-    result = {
-        **_jsonable(asdict(comparison)),
-        "versions": {
-            "deeprelax_cuda": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "platform": {
-            "system": platform.platform(),
-            "machine": platform.machine(),
-            "threads": torch.get_num_threads(),
-        },
-    }
-    _write(folder / "result.json", (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+def write(report: Report, folder: Path) -> str:
+    """Write the table and the picture into ``folder``, which exists; return the table with its title."""
+    text = f"{report.title}\n\n{table(report)}\n"
+    storage.write(folder / TABLE, text.encode())
     picture = BytesIO()
     with rc_context({"font.size": 8}):
-        figure(comparison).savefig(picture, format="png", dpi=200)
-    _write(folder / "curves.png", picture.getvalue())
-
-
-def _jsonable(value: Any) -> Any:
-    """Name the numbers JSON has no form for, as ``float`` reads them: "nan", "inf", "-inf"."""
-    if isinstance(value, dict):
-        return {key: _jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file as a whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        figure(report).savefig(picture, format="png", dpi=300)
+    storage.write(folder / PICTURE, picture.getvalue())
+    return text
