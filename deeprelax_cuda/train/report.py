@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -142,7 +143,10 @@ def _cell(values: Sequence[float | None], form: str) -> str:
     if not there:
         return f"-{share}"
     mean = f"{statistics.mean(there):{form}}"
-    return f"{mean}{share}" if len(there) == 1 else f"{mean} +- {statistics.stdev(there):{form}}{share}"
+    if len(there) == 1:
+        return f"{mean}{share}"
+    deviation = statistics.stdev(there) if all(map(math.isfinite, there)) else math.nan
+    return f"{mean} +- {deviation:{form}}{share}"
 
 
 def figure(report: Report) -> Figure:
