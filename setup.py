@@ -5,6 +5,7 @@ module out. Without a C++ compiler the package installs all the same and runs on
 """
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 
@@ -24,6 +26,21 @@ def why_not_native() -> str | None:
     if not any(map(shutil.which, named or ["c++", "g++", "clang++"])):
         return "no C++ compiler was found"
     return None
+
+
+class RecordCommit(build_py):
+    """Leaves the commit of the sources in the built package, which has no repository to ask."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:  # the package stays in the source tree
+            return
+        package = ROOT / "deeprelax_cuda"
+        source = runpy.run_path(str(package / "commit.py"))
+        record = Path(self.build_lib, package.name, source["RECORD"])
+        record.unlink(missing_ok=True)  # a build folder may be used again
+        if commit := source["commit_of"](package):
+            record.write_text(commit + "\n", encoding="ascii")
 
 
 class CMakeBuild(build_ext):
@@ -57,4 +74,6 @@ class CMakeBuild(build_ext):
         return [path for path in super().get_outputs() if os.path.exists(path)]
 
 
-setup(ext_modules=[Extension("deeprelax_cuda._native", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[Extension("deeprelax_cuda._native", sources=[])], cmdclass={"build_py": RecordCommit, "build_ext": CMakeBuild}
+)

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deeprelax_cuda.bench.machine import machine
 from torch import Tensor
 
 import deeprelax_cuda as dr
+from deeprelax_cuda import machine
+from deeprelax_cuda.backends import cpu
 
 ETA, K, S, A = 0.1, 0.01, 1e-3, 0.25
 Step = Callable[[Tensor, Tensor, Tensor, Tensor], object]
@@ -127,7 +128,14 @@ def main() -> None:
         print(f"{name:40} {ratio:6.2f}")
     if options.out:
         settings = {"numel": options.numel, "rounds": options.rounds, "threads": options.threads, "dtype": "float32"}
-        result = {"machine": machine(), "settings": settings, "contenders": rows, "ratios": figures}
+        result = {
+            "versions": machine.versions(),
+            "platform": machine.platform(),
+            "build": cpu.build_info(),
+            "settings": settings,
+            "contenders": rows,
+            "ratios": figures,
+        }
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -13,10 +13,11 @@ import time
 from pathlib import Path
 
 import torch
-from deeprelax_cuda.bench.machine import machine
 from torch.optim import Optimizer
 
 import deeprelax_cuda as dr
+from deeprelax_cuda import machine
+from deeprelax_cuda.backends import cpu
 
 OURS, THEIRS = "EntropySGD", "SGD, fused"
 
@@ -70,7 +71,13 @@ def main() -> None:
             print(f"{kind:20} {name:20} {1e3 * median:7.2f} ms {median / medians[THEIRS]:6.2f} of {THEIRS}")
     if options.out:
         settings = {name: getattr(options, name) for name in ("count", "numel", "rounds", "threads")}
-        result = {"machine": machine(), "settings": settings, "median_s": rows}
+        result = {
+            "versions": machine.versions(),
+            "platform": machine.platform(),
+            "build": cpu.build_info(),
+            "settings": settings,
+            "median_s": rows,
+        }
         options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -15,13 +15,14 @@ class Command(NamedTuple):
     """A sub-command: a module with ``add_arguments(parser)`` and ``run(args) -> exit status``, and the extra it needs."""
 
     module: str
-    extra: str
     help: str
+    extra: str | None = None
 
 
 COMMANDS = {
-    "train": Command("deeprelax_cuda.train.command", "train", "train a network with one or several methods and compare them"),
-    "report": Command("deeprelax_cuda.train.report_command", "train", "make the table and the picture of finished runs again"),
+    "train": Command("deeprelax_cuda.train.command", "train a network with one or several methods and compare them", "train"),
+    "report": Command("deeprelax_cuda.train.report_command", "make the table and the picture of finished runs again", "train"),
+    "doctor": Command("deeprelax_cuda.doctor", "say what is installed, which backend serves what, and test each of them"),
 }
 
 
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package == "deeprelax_cuda":
+        if package == "deeprelax_cuda" or command.extra is None:
             raise
         print(f'{parser.prog}: {package} is not installed: pip install "deeprelax_cuda[{command.extra}]"', file=sys.stderr)
         return 2

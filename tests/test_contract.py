@@ -21,7 +21,6 @@ from contract_cases import (
     expected,
     run,
     same,
-    scales,
     to_torch,
     whole,
 )
@@ -30,8 +29,9 @@ from hypothesis import strategies as st
 
 from deeprelax_cuda import backends, golden
 from deeprelax_cuda.backends import cpu
+from deeprelax_cuda.golden import selftest
 from deeprelax_cuda.noise import Place, as_place
-from deeprelax_cuda.steps import Scalars, Tensors
+from deeprelax_cuda.steps import Tensors
 
 GOLDEN = golden.load()
 BY_NAME = {case.name: case for case in CASES}
@@ -211,40 +211,48 @@ def test_rounding_of_every_exponent(dtype, rounding, label):
 # ---- The golden file ---------------------------------------------------------------------------------------------------------
 
 
-def from_hex(text: str, dtype: torch.dtype) -> torch.Tensor:
-    width = {torch.float64: np.uint64, torch.float32: np.uint32}.get(dtype, np.uint16)
-    bits = np.array([int(word, 16) for word in text.split()], width)
-    return to_torch(bits if dtype == torch.bfloat16 else bits.view(NUMPY[dtype]))
-
-
 @pytest.mark.parametrize("label", BACKENDS)
 def test_golden_normals(label):
     with backend(label) as name:
         for entry in GOLDEN["normals"] + GOLDEN["pairs"]:
-            want = torch.tensor([float.fromhex(text) for text in entry["normals"]])
-            place = {key: entry[key] for key in ("seed", "step", "stream", "offset")}
-            assert same(backends.load(name).gaussian(len(want), **place, device=CPU), want), entry
+            assert selftest.check_normals(entry, name, CPU) is None
 
 
 @pytest.mark.parametrize("label", BACKENDS)
 @pytest.mark.parametrize("entry", GOLDEN["updates"], ids=lambda e: f"{e['name']}-{e['inputs']}")
 def test_golden_updates(entry, label):
-    dtype = getattr(torch, entry["dtype"])
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    average = "m" if entry["family"] == "langevin" else "p"
-    source = GOLDEN["inputs"][entry["inputs"]]
-    at = {key: from_hex(source[key], dtype if key in "yg" else wide) for key in entry["tensors"]}
-    keys = {"x": "anchors", average: "averages", "v": "momenta", "master": "masters", "w": "outer_momenta"}
-    keys["consensus"] = "consensus"
-    lists = {role: [at[key]] for key, role in keys.items() if key in at}
-    tensors = Tensors([at["y"]], numbers=[entry["number"]], places=[Place(*entry["place"])], **lists)
-    flags = {key: entry[key] for key in ("family", "inner", "outer")}
-    inv_scale, found_inf = scales(dtype, entry.get("inv_scale"), entry.get("found_inf"))
     with backend(label) as name:
-        plan = backends.make_plan(name, tensors)
-        plan.run([at["g"]] if entry["inner"] else [], Scalars(**flags, **entry["scalars"]), inv_scale, found_inf)
-    for key, text in entry["out"].items():
-        assert same(at[key], from_hex(text, at[key].dtype)), key
+        assert selftest.check_update(entry, GOLDEN["inputs"][entry["inputs"]], name, CPU) is None
+
+
+@pytest.mark.parametrize("label", BACKENDS)
+def test_the_self_test_asks_for_every_entry(label):
+    with backend(label) as name:
+        assert selftest.run(name, CPU) == (sum(len(GOLDEN[kind]) for kind in ("normals", "pairs", "updates")), [])
+
+
+@pytest.mark.parametrize("kind", ["normals", "pairs"])
+def test_one_wrong_bit_of_normals_is_told(kind):
+    for entry in GOLDEN[kind]:
+        *others, last = map(float.fromhex, entry["normals"])
+        changed = {**entry, "normals": [*map(float.hex, others), float(np.nextafter(np.float32(last), np.float32(9))).hex()]}
+        said = selftest.check_normals(changed, "eager", CPU)
+        assert said is not None
+        assert f"seed {entry['seed']}, " in said
+        assert f"element {len(others)}: expected " in said
+
+
+def test_one_wrong_bit_of_any_tensor_of_an_update_is_told():
+    for entry in GOLDEN["updates"]:
+        inputs = GOLDEN["inputs"][entry["inputs"]]
+        for key in entry["tensors"]:
+            *others, last = entry["out"].get(key, inputs[key]).split()
+            bit = 4 * len(last) - 2 if "edges" in entry["inputs"] else 0  # of the exponent: NaNs are all the same
+            flipped = f"{int(last, 16) ^ 1 << bit:0{len(last)}x}"
+            changed = {**entry, "out": {**entry["out"], key: " ".join([*others, flipped])}}
+            said = selftest.check_update(changed, inputs, "eager", CPU)
+            wanted = f'update "{entry["name"]}" of {entry["inputs"]}, {key}: element 16: expected {flipped}, got '
+            assert (said or "").startswith(wanted)
 
 
 # ---- Many normals ------------------------------------------------------------------------------------------------------------

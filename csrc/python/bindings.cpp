@@ -77,6 +77,7 @@ py::dict build_info() {
   py::dict info;
   info["version"] = DEEPRELAX_VERSION;
   info["compiler"] = DEEPRELAX_COMPILER;
+  info["flags"] = DEEPRELAX_FLAGS;
   info["nvcc"] = DEEPRELAX_NVCC;
   info["openmp"] = bool(DEEPRELAX_OPENMP);
   return info;

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from deeprelax_cuda.native import module as _native
 from deeprelax_cuda.steps import STORED, Scalars, Tensors
 
 NAME = "cpu"
+
+#: What the native module may have been compiled for, the preferred first.
+INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -86,3 +90,25 @@ def build_info() -> dict[str, Any]:
     if _native is None:
         return {}
     return {**_native.build_info(), "instruction_set": _native.instruction_set()}
+
+
+def instruction_sets() -> list[str]:
+    """Return the instruction sets that can be used here, the preferred first; none where the native module is missing."""
+    if _native is None:
+        return []
+    before = _native.instruction_set()
+    usable = [name for name in INSTRUCTION_SETS if _native.use_instruction_set(name)]
+    _native.use_instruction_set(before)
+    return usable
+
+
+@contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    """Use one of `instruction_sets` meanwhile, in the whole process."""
+    before = _native.instruction_set()
+    if not _native.use_instruction_set(name):
+        raise ValueError(f"instruction set: expected one of {', '.join(instruction_sets())}, got {name}")
+    try:
+        yield
+    finally:
+        _native.use_instruction_set(before)
