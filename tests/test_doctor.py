@@ -117,7 +117,7 @@ def test_every_instruction_set_is_tested_and_the_one_in_use_stays(monkeypatch):
             assert cpu.build_info()["instruction_set"] == used
     assert cpu.build_info()["instruction_set"] == preferred
     with (
-        pytest.raises(ValueError, match="instruction set: expected one of .*portable, got abacus"),
+        pytest.raises(ValueError, match=r"instruction set: expected one of .*portable, got abacus"),
         cpu.instruction_set("abacus"),
     ):
         pass

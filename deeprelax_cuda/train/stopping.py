@@ -48,10 +48,10 @@ def stopping() -> Iterator[Stop]:
         stop.signum = signum
         signal.signal(signum, before[signum])
 
-    for signum in SIGNALS:
-        signal.signal(signum, ask)
+    for number in before:
+        signal.signal(number, ask)
     try:
         yield stop
     finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
