@@ -156,6 +156,30 @@ DR_FN void take_block(const Scalars<typename ComputeType<Stored>::type>& h, cons
 
 // ---- Many blocks -----------------------------------------------------------------------------------------------------------
 
+// How far ahead of its use a block is asked for, in blocks; docs/performance.md has what others cost.
+constexpr int64_t kAhead = 2;
+
+// Asks for the cache lines of n elements of each role that a call reads.
+template <int64_t n, class Stored>
+DR_FN void prefetch(const Scalars<typename ComputeType<Stored>::type>& h, const Pointers<Stored>& at) {
+  auto lines = [](const auto* role) DR_INLINE_LAMBDA {
+    constexpr int64_t line = 64 / sizeof(*role);
+    if (!role) return;
+    for (int64_t i = 0; i < n; i += line) __builtin_prefetch(role + i);
+  };
+  if (at.master) {
+    lines(at.master);
+  } else if (h.reads_y()) {
+    lines(at.y);
+  }
+  if (h.inner) lines(at.g);
+  if (h.reads_x()) lines(at.x);
+  if (h.reads_m()) lines(at.m);
+  if (h.has_v()) lines(at.v);
+  if (h.has_w()) lines(at.w);
+  if (h.reads_c()) lines(at.c);
+}
+
 template <class Word, class Stored>
 __attribute__((noinline)) void take_blocks(const Scalars<typename ComputeType<Stored>::type>& scalars,
                                            const Pointers<Stored>& start, const Noise& source, uint32_t q, uint32_t q_high,
@@ -164,6 +188,8 @@ __attribute__((noinline)) void take_blocks(const Scalars<typename ComputeType<St
   const Noise noise = source;
   auto at = start;
   for (int64_t block = 0; block < count; ++block) {
+    // While a block's noise is computed the memory works for a later one. The hardware's prefetchers stop at every page.
+    if (block + kAhead < count) prefetch<kBlock<Word>>(h, at + kAhead * kBlock<Word>);
     take_block<Word>(h, at, noise, q, q_high);
     at = at + kBlock<Word>;
     q += Lanes<Word>::count;
