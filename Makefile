@@ -12,6 +12,7 @@ NATIVE := $(shell find csrc tests/cpp examples -name "*.h" -o -name "*.cpp" -o -
 .PHONY: demo test test-quick test-cpp bench lint format clean
 
 demo: .venv/installed
+	rm -rf runs/demo
 	$(BIN)/deeprelax train --data digits --method sgd entropy-sgd --out runs/demo
 
 test: .venv/installed lint test-cpp

@@ -31,7 +31,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("run") / "not" / "there yet"
     out, err = io.StringIO(), io.StringIO()
     options = ["--epochs", "3", "--seeds", "0", "7", "--levels", "50", "0", "--gamma", "500", "--weight-decay", "1e-4"]
-    more = ["--set", "entropy-sgd.averaging=linear", "sgd.lr=0.05", "--out", str(folder), "--eval-every", "1.5"]
+    more = [
+        "--set",
+        "entropy-sgd.averaging=linear",
+        "entropy-sgd.gamma_min=0x10",
+        "sgd.lr=0.05",
+        "--out",
+        str(folder),
+        "--eval-every",
+        "1.5",
+    ]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main(["train", "--data", "digits", *options, *more])
     result = json.loads((folder / "result.json").read_text())
@@ -63,7 +72,7 @@ def test_json_holds_settings_curves_versions_and_backend(finished: SimpleNamespa
         "threads": 1,
         "options": {
             "sgd": {"weight_decay": 1e-4, "lr": 0.05},
-            "entropy-sgd": {"weight_decay": 1e-4, "gamma": 500.0, "averaging": "linear"},
+            "entropy-sgd": {"weight_decay": 1e-4, "gamma": 500.0, "averaging": "linear", "gamma_min": 16},
         },
     }
     assert result["versions"] == versions()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_runs import METHODS, settings, state_of, untimed
+from train_runs import METHODS, images, settings, state_of, untimed
 
 from deeprelax_cuda.cli import UsageError, main
 from deeprelax_cuda.train import checkpoint, compare, loop, storage
@@ -60,6 +60,30 @@ def test_a_run_goes_on_bit_for_bit_from_every_position_of_an_inner_loop(method: 
             pass
         assert untimed(again.curve) == untimed(run.curve)
         assert all(torch.equal(a, b) for a, b in zip(state_of(again), state_of(run), strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_on_the_gpu_goes_on_bit_for_bit(method: str, tmp_path: Path) -> None:
+    """Data, weights and dropout are on the device; the laps of the stopwatch are events there."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    device = torch.device("cuda")
+    data = images(train=512, val=128, size=28).to(device, torch.float32)
+    made = settings(model="lenet", device="cuda", epochs=3, eval_every=0.5, options={"entropy-sgd": {"inner_steps": 7}})
+    run = compare.build(method, 0, made, data)
+    for _ in run.steps(Progress(), lambda: None):
+        if run.step == 18:
+            state = through_a_file(run.state_dict(), tmp_path / "checkpoint")
+    torch.rand(3, device=device)
+    again = compare.build(method, 0, made, data)
+    again.load_state_dict(state)
+    for _ in again.steps(Progress(), lambda: None):
+        pass
+    torch.use_deterministic_algorithms(False)
+    assert untimed(again.curve) == untimed(run.curve)
+    assert all(torch.equal(a, b) for a, b in zip(state_of(again), state_of(run), strict=True))
+    assert all(0 < seconds < 60 for seconds in again.curve.parts.values())
 
 
 def test_seconds_are_those_of_all_processes() -> None:
@@ -202,6 +226,36 @@ def test_a_file_is_the_old_one_until_it_is_the_new_one(tmp_path: Path, monkeypat
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_full_disk_does_not_end_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, calls = checkpoint.write, 0
+
+    def write(path: Path, content: dict[str, object]) -> None:
+        nonlocal calls
+        calls += 1
+        if 1 < calls < 5:
+            raise OSError("no space left on device")
+        real(path, content)
+
+    monkeypatch.setattr(checkpoint, "write", write)
+    options = ["--seeds", "0", "--epochs", "1", "--quiet", "--checkpoint-every", "1e-9"]
+    assert main(["train", *options, "--out", str(tmp_path)]) == 0
+    assert calls > 5
+    assert capsys.readouterr().err == "deeprelax train: checkpoint not written: no space left on device\n" * 3
+    assert (tmp_path / RESULT).exists()
+
+
+def test_a_full_disk_at_the_start_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(storage, "write", full)
+    assert "--out: [Errno 28] No space left on device" in refusal(["--seeds", "0", "--out", str(tmp_path)], capsys)
+
+
 def refusal(options: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """Run a command that is refused, and return its one line."""
     with pytest.raises(SystemExit) as stop:
@@ -281,7 +335,9 @@ def test_a_folder_without_an_unfinished_run_is_refused(tmp_path: Path, capsys: p
     assert "No such file" in refusal(["--resume", str(tmp_path / "nowhere")], capsys)
 
 
-@pytest.mark.parametrize("option", [["--epochs", "3"], ["--data", "digits"], ["--out", "x"], ["--set", "sgd.lr=1"]])
+@pytest.mark.parametrize(
+    "option", [["--epochs", "3"], ["--lr", "0"], ["--data", "digits"], ["--out", "x"], ["--set", "sgd.lr=1"]]
+)
 def test_settings_cannot_change_when_a_run_goes_on(option: list[str], left: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = f"--resume: takes its settings from the run in {left}, and no {option[0]}"
     assert message in refusal(["--resume", str(left), *option], capsys)
@@ -309,9 +365,10 @@ def test_a_new_run_does_not_overwrite_an_unfinished_one(left: Path, capsys: pyte
     assert (left / CHECKPOINT).read_bytes() == before
 
 
-def test_a_run_goes_on_elsewhere(left: Path, tmp_path: Path) -> None:
-    """Its folder may have moved."""
+def test_a_run_goes_on_elsewhere(left: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder may have moved, and the command be given in another one."""
     elsewhere = Path(shutil.move(left, tmp_path / "elsewhere"))
+    monkeypatch.chdir(tmp_path)
     assert main(["train", "--resume", str(elsewhere), "--quiet"]) == 0
     curve = json.loads((elsewhere / RESULT).read_text())["methods"]["entropy-sgd"]["curves"]["0"]
     assert curve["gradient_evaluations"] == [39]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import os
 import shlex
 import sys
@@ -120,18 +121,23 @@ def run(args: argparse.Namespace) -> int:
         for name, curves in saved["curves"].items():
             comparison.methods[name].curves.update({seed: Curve(**curve) for seed, curve in curves.items()})
     else:
-        folder = _new_folder(args.out or Path("runs") / f"{settings.data}-{settings.model}-{time.strftime('%Y%m%d-%H%M%S')}")
+        folder = args.out or Path("runs") / f"{settings.data}-{settings.model}-{time.strftime('%Y%m%d-%H%M%S')}"
+        if (folder / CHECKPOINT).exists():
+            raise UsageError(f"--out: {folder} has an unfinished run: --resume {folder}, or choose another folder")
     saver = Saver(folder / CHECKPOINT, interval=args.checkpoint_every, data_root=root, begun=saved.get("run"))
-    if not args.resume:
-        saver.save(comparison, None)
     try:
+        if not args.resume:
+            folder.mkdir(parents=True, exist_ok=True)
+            saver.save(comparison, None)
         compare(comparison, data, quiet=args.quiet, saver=saver)
+        results.save(comparison, folder)
+        text = report.write(report.report_of({folder.name: comparison}), folder)
     except Stopped as stopped:
         print(f"\ndeeprelax train: stopped by {stopped} at {stopped.where}; saved", file=sys.stderr)
         print(f"go on with: deeprelax train --resume {shlex.quote(str(folder))}", file=sys.stderr)
         return 128 + stopped.signum
-    results.save(comparison, folder)
-    text = report.write(report.report_of({folder.name: comparison}), folder)
+    except OSError as error:
+        raise UsageError(f"--out: {error}") from error
     saver.path.unlink()
     files = (results.RESULT, results.SECONDS, report.TABLE, report.PICTURE)
     print(text, *(folder / file for file in files), sep="\n")
@@ -193,7 +199,8 @@ def _options(args: argparse.Namespace, methods: tuple[str, ...], of_model: Any) 
 
 def _saved(args: argparse.Namespace) -> dict[str, Any]:
     """Return the content of the checkpoint in the folder that ``--resume`` names."""
-    given = [name for name, value in vars(args).items() if value not in (None, False) and name not in ALONGSIDE_RESUME]
+    absent = (None, False)  # by identity: 0 is a value
+    given = [name for name, value in vars(args).items() if not any(value is a for a in absent) and name not in ALONGSIDE_RESUME]
     if given:
         raise UsageError(f"--resume: takes its settings from the run in {args.resume}, and no --{given[0].replace('_', '-')}")
     path = args.resume / CHECKPOINT
@@ -225,17 +232,6 @@ def _load(name: str, root: Path | None, batch_size: int) -> Data:
     if batches_per_epoch(data, batch_size) == 0:
         raise UsageError(f"--batch-size: {batch_size} is more than the {len(data.train_targets)} training examples")
     return data
-
-
-def _new_folder(folder: Path) -> Path:
-    """Make the folder of a new run, unless it is that of one which can still go on."""
-    if (folder / CHECKPOINT).exists():
-        raise UsageError(f"--out: {folder} has an unfinished run: --resume {folder} goes on with it, or choose another folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out: {error}") from error
-    return folder
 
 
 def _distinct(option: str, values: list[T]) -> tuple[T, ...]:
@@ -270,15 +266,15 @@ def _device(text: str) -> torch.device:
 
 
 def _assignment(text: str) -> tuple[str, str, Any]:
-    """Read METHOD.OPTION=VALUE; a value that is no Python literal is a string."""
+    """Read METHOD.OPTION=VALUE; a value that is neither a Python literal nor a number (inf) is a string."""
     target, equals, value = text.partition("=")
     method, dot, option = target.partition(".")
     if not (equals and dot and option.isidentifier()):
         raise argparse.ArgumentTypeError(f"expected METHOD.OPTION=VALUE, got {text}")
-    try:
-        return method, option, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return method, option, value
+    for read in (ast.literal_eval, float):
+        with contextlib.suppress(ValueError, SyntaxError):
+            return method, option, read(value)
+    return method, option, value
 
 
 def _seed(text: str) -> int:

@@ -121,7 +121,10 @@ def compare(comparison: Comparison, data: Data, *, quiet: bool, saver: Saver | N
                 try:
                     for _ in run.steps(progress, stop.check):
                         if saver and saver.is_due():
-                            saver.save(comparison, run)
+                            try:
+                                saver.save(comparison, run)
+                            except OSError as error:  # the disk may have room again, or training end without it
+                                progress.warn(f"deeprelax train: checkpoint not written: {error}")
                         stop.check()
                 except Stopped as stopped:
                     stopped.where = f"{name}, seed {seed}, after {run.step} of {run_steps} gradient evaluations"
@@ -172,7 +175,7 @@ class Saver:
         content = {
             "settings": asdict(comparison.settings),
             "data": comparison.data,
-            "data_root": str(self._data_root) if self._data_root else None,
+            "data_root": str(self._data_root.resolve()) if self._data_root else None,
             "versions": comparison.versions,
             "curves": {
                 name: {seed: asdict(curve) for seed, curve in trained.curves.items()}
@@ -180,5 +183,5 @@ class Saver:
             },
             "run": run.state_dict() if run else None,
         }
-        checkpoint.write(self.path, content)
         self._next = time.monotonic() + self._interval
+        checkpoint.write(self.path, content)

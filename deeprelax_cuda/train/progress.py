@@ -23,6 +23,10 @@ class Progress:
     def evaluated(self, epoch: float, loss: float, measured: str) -> None:
         """An evaluation, ``epoch`` epochs into the run, gave this."""
 
+    def warn(self, message: str) -> None:
+        """Something went wrong that does not end the training; this is said by all."""
+        print(message, file=sys.stderr, flush=True)
+
     def close(self) -> None:
         """No more is coming."""
 
@@ -41,6 +45,9 @@ class Bar(Progress):
 
     def evaluated(self, epoch: float, loss: float, measured: str) -> None:
         self._bar.set_postfix_str(f"loss {loss:.3g}, {measured}", refresh=False)
+
+    def warn(self, message: str) -> None:
+        self._bar.write(message, file=sys.stderr)
 
     def close(self) -> None:
         self._bar.close()

@@ -14,7 +14,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from deeprelax_cuda.cli import UsageError
 from deeprelax_cuda.train import storage
@@ -111,6 +111,9 @@ def table(report: Report) -> str:
     def reached(level: float, values: str) -> Callable[[Curve], float | None]:
         return lambda curve: None if (at := curve.reached(level)) is None else getattr(curve, values)[at]
 
+    def spent(part: str) -> Callable[[Curve], float]:
+        return lambda curve: _milliseconds(curve, curve.parts[part])
+
     add(f"final {report.measure.label}", ".2f", lambda curve: curve.validation[-1])
     add(f"best {report.measure.label}", ".2f", lambda curve: min(curve.validation))
     for level in report.levels:
@@ -120,7 +123,7 @@ def table(report: Report) -> str:
     add("training seconds", ".1f", lambda curve: curve.seconds[-1])
     add("ms per gradient evaluation", ".2f", lambda curve: _milliseconds(curve, curve.seconds[-1]))
     for part, name in PARTS.items():
-        add(name, ".2f", lambda curve, part=part: _milliseconds(curve, curve.parts[part]))  # type: ignore[misc]
+        add(name, ".2f", spent(part))
     add("time over forward and backward, %", ".1f", _overhead)
 
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -173,21 +176,21 @@ def figure(report: Report) -> Figure:
         axes.set_axisbelow(True)
     measure = report.measure
     by_evaluations.set_ylabel(f"{measure.name} ({measure.unit})" if measure.unit else measure.name)
-    curves = [curve for column in report.columns for curve in column.curves]
-    if all(value > 0 for curve in curves for value in curve.validation):
-        _logarithmic(by_evaluations)
+    values = [value for column in report.columns for curve in column.curves for value in curve.validation]
+    if all(value > 0 for value in values):
+        _logarithmic(by_evaluations, max(values) / min(values))
     seeds = {len(column.curves) for column in report.columns}
     title = f"mean and range of {'/'.join(map(str, sorted(seeds)))} seeds" if max(seeds) > 1 else None
     by_seconds.legend(frameon=False, title=title, alignment="left")
     return picture
 
 
-def _logarithmic(axes: Axes) -> None:
-    """Errors fall by orders of magnitude: a logarithmic axis, with its ticks written as plain numbers."""
+def _logarithmic(axes: Axes, span: float) -> None:
+    """Errors fall by orders of magnitude: a logarithmic axis, with its ticks, closer for a small span, as plain numbers."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if span > 10 else (1, 1.5, 2, 3, 4, 6, 8)))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def write(report: Report, folder: Path) -> str:
