@@ -20,6 +20,7 @@ from deeprelax_cuda.optim.describe import Notes, Seen, describe, gamma_notes, ou
 from deeprelax_cuda.optim.launches import Call, Launch, Launches, Needs
 from deeprelax_cuda.optim.options import check_gamma_rule, check_loop_options, resolve_seed, select_backend, warn_user
 from deeprelax_cuda.optim.scoping import gamma_of
+from deeprelax_cuda.optim.watched import watched
 from deeprelax_cuda.optim.weights import CONTRACT_VERSION, TwoWeights
 from deeprelax_cuda.steps import NARROW, Scalars, check_rounding, round_scalar
 
@@ -96,6 +97,7 @@ class RelaxationOptimizer(TwoWeights):
         param_group["gamma"] = gamma_of({**group, **param_group})
         super().add_param_group(param_group)
 
+    @watched
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take one inner step on the gradients in ``.grad``; every ``inner_steps``-th call moves the anchor too.

@@ -98,7 +98,8 @@ class Run:
         self.stopwatch = Stopwatch(data.train_targets.device)
         self.curve = Curve()
         self.step = 0
-        self.loss_sum = torch.zeros((), device=data.train_targets.device)
+        self._loss_sum = 0.0
+        self._losses: list[Tensor] = []  # those not in the sum yet: adding them up at each step would cost more than the loss
 
     def steps(self, progress: Progress, check: Callable[[], None]) -> Iterator[None]:
         """Take the steps that are left, yielding after each, when the run may be saved or left.
@@ -120,7 +121,7 @@ class Run:
             torch.autograd.backward(loss)
             self.stopwatch.lap("forward_backward")
             self.optimizer.step()
-            self.loss_sum += loss.detach()
+            self._losses.append(loss.detach())
             self.stopwatch.lap("optimizer")
             self.step += 1
             if self.step % self.per_epoch == 0:
@@ -133,7 +134,7 @@ class Run:
         device = self.data.train_targets.device
         return {
             "step": self.step,
-            "loss_sum": self.loss_sum.clone(),
+            "loss_sum": self._summed_loss(),
             "curve": asdict(self.curve),
             "seconds": self.stopwatch.read(),
             "model": self.model.state_dict(),
@@ -146,7 +147,7 @@ class Run:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what ``state_dict`` returned for the same settings."""
         self.step = state["step"]
-        self.loss_sum.copy_(state["loss_sum"])
+        self._loss_sum, self._losses = state["loss_sum"], []
         self.curve = Curve(**state["curve"])
         self.stopwatch.set(state["seconds"])
         self.model.load_state_dict(state["model"])
@@ -161,8 +162,15 @@ class Run:
         """The step of the last evaluation, or 0."""
         return self.curve.gradient_evaluations[-1] if self.curve.gradient_evaluations else 0
 
+    def _summed_loss(self) -> float:
+        """Return the sum of the losses since the last evaluation, added up one by one, whenever that is done."""
+        for loss in torch.stack(self._losses).tolist() if self._losses else ():
+            self._loss_sum += loss
+        self._losses.clear()
+        return self._loss_sum
+
     def _mean_loss(self) -> float:
-        return self.loss_sum.item() / (self.step - self._evaluated)
+        return self._summed_loss() / (self.step - self._evaluated)
 
     def _evaluate(self, progress: Progress, check: Callable[[], None]) -> None:
         with at_answer(self.model, self.optimizer):
@@ -173,7 +181,7 @@ class Run:
         self.curve.validation.append(value)
         self.curve.seconds.append(sum(seconds.values()))
         self.curve.parts = seconds
-        self.loss_sum.zero_()
+        self._loss_sum = 0.0
         progress.evaluated(self.step / self.per_epoch, loss, self.measure.say(value))
 
 

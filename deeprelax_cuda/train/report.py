@@ -161,8 +161,8 @@ def figure(report: Report) -> Figure:
     FigureCanvasAgg(picture)
     by_evaluations, by_seconds = picture.subplots(1, 2, sharey=True, gridspec_kw={"wspace": 0.06})
     for column, colour, marker in zip(report.columns, itertools.cycle(COLOURS), itertools.cycle(MARKERS)):
-        values = list(zip(*(curve.validation for curve in column.curves), strict=True))
-        mean, lowest, highest = ([f(seeds) for seeds in values] for f in (statistics.mean, min, max))
+        at_each = list(zip(*(curve.validation for curve in column.curves), strict=True))
+        mean, lowest, highest = ([f(seeds) for seeds in at_each] for f in (statistics.mean, min, max))
         seconds = [statistics.mean(times) for times in zip(*(curve.seconds for curve in column.curves), strict=True)]
         style = {"color": colour, "linewidth": 1.4, "markersize": 3.2, "label": column.label}
         for axes, x in ((by_evaluations, column.curves[0].gradient_evaluations), (by_seconds, seconds)):
