@@ -40,8 +40,7 @@ class Data:
 class Batches:
     """The batches of every epoch: each a fresh order of the training examples, which ``seed`` and the epoch alone determine.
 
-    Batches are full: the examples that are left over wait for another epoch. The examples of an epoch are put in their order
-    at once, in memory of their own: in small pieces, between the passes of a network, that takes three times as long.
+    Batches are full: the examples that are left over wait for another epoch.
     """
 
     def __init__(self, data: Data, batch_size: int, seed: int) -> None:
@@ -49,19 +48,17 @@ class Batches:
         self._batch_size = batch_size
         self._seed = seed
         self._epoch = -1
-        self._inputs, self._targets = torch.empty_like(data.train_inputs), torch.empty_like(data.train_targets)
+        self._order = torch.empty(0, dtype=torch.int64)
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         """Return the inputs and targets of gradient evaluation ``step``, counted from 0 over all epochs."""
         epoch, place = divmod(step, batches_per_epoch(self._data, self._batch_size))
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(derive_seed(self._seed, epoch))
-            order = torch.randperm(len(self._targets), generator=generator).to(self._targets.device)
-            torch.index_select(self._data.train_inputs, 0, order, out=self._inputs)
-            torch.index_select(self._data.train_targets, 0, order, out=self._targets)
-            self._epoch = epoch
-        here = slice(place * self._batch_size, (place + 1) * self._batch_size)
-        return self._inputs[here], self._targets[here]
+            order = torch.randperm(len(self._data.train_targets), generator=generator)
+            self._epoch, self._order = epoch, order.to(self._data.train_targets.device)
+        chosen = self._order[place * self._batch_size : (place + 1) * self._batch_size]
+        return self._data.train_inputs.index_select(0, chosen), self._data.train_targets.index_select(0, chosen)
 
 
 def batches_per_epoch(data: Data, batch_size: int) -> int:
