@@ -1,7 +1,8 @@
 """The host's time of a step on many tiny tensors: EntropySGD beside torch.optim.SGD, interleaved, ratios of medians.
 
 The tensors are so small that nearly all of a step is finding them and checking them. Gradients are either the same tensors at
-each step, or new ones, as ``zero_grad(set_to_none=True)`` leaves them.
+each step, or new ones, as ``zero_grad(set_to_none=True)`` leaves them. In the third part there are as few tensors as in a small
+network, and matrix products between the steps empty the caches of all that a step needs, as the passes of a network do.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from deeprelax_cuda import machine
 from deeprelax_cuda.backends import cpu
 
 OURS, THEIRS = "EntropySGD", "SGD, fused"
+#: Tensors of the network whose step is measured with cold caches, and the side of the square matrices that cool them.
+FEW, SIDE = 10, 1200
 
 
 def optimizers(count: int, numel: int) -> dict[str, Optimizer]:
@@ -36,15 +39,18 @@ def optimizers(count: int, numel: int) -> dict[str, Optimizer]:
     }
 
 
-def measure(count: int, numel: int, rounds: int, new_grads: bool) -> dict[str, float]:
+def measure(count: int, numel: int, rounds: int, *, new_grads: bool, cold: bool = False) -> dict[str, float]:
     """Return the median seconds of a step of each contender."""
     contenders = optimizers(count, numel)
+    matrix = torch.ones(SIDE, SIDE)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for round_ in range(rounds + 3):
         for name, optimizer in contenders.items():
             if new_grads or round_ == 0:
                 for p in optimizer.param_groups[0]["params"]:
                     p.grad = torch.full_like(p, 1e-3)
+            if cold:
+                torch.mm(torch.mm(matrix, matrix), matrix)
             start = time.perf_counter()
             optimizer.step()
             if round_ >= 3:  # the first rounds make state and plans
@@ -62,9 +68,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    count, numel, rounds = options.count, options.numel, options.rounds
     rows = {
-        kind: measure(options.count, options.numel, options.rounds, new_grads)
-        for kind, new_grads in (("the same gradients", False), ("new gradients", True))
+        "the same gradients": measure(count, numel, rounds, new_grads=False),
+        "new gradients": measure(count, numel, rounds, new_grads=True),
+        f"cold, {FEW} tensors": measure(FEW, numel, rounds, new_grads=True, cold=True),
     }
     for kind, medians in rows.items():
         for name, median in medians.items():

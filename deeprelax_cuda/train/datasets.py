@@ -115,5 +115,5 @@ DATASETS = {
     "digits": Dataset(digits, model="mlp", epochs=30, batch_size=32, levels=(5.0, 3.0), threads=1),
     "mnist": Dataset(mnist, model="lenet", epochs=5, batch_size=128, levels=(2.0, 1.0)),
     "cifar10": Dataset(cifar10, model="allcnn", epochs=20, batch_size=128, levels=(30.0, 20.0)),
-    "text": Dataset(text, model="lstm", epochs=20, batch_size=32, levels=(5.0, 4.5), measure="perplexity", threads=1),
+    "text": Dataset(text, model="lstm", epochs=10, batch_size=32, levels=(6.0, 5.0), measure="perplexity", threads=1),
 }
