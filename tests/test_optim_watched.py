@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -54,6 +55,27 @@ def test_each_hook_is_called_once_a_step(kind: type[dr.EntropySGD]) -> None:
     assert all(hooked is optimizer and len(args) == 1 and kwargs == {} for _, hooked, args, kwargs in called)
     optimizer.step()
     assert len(called) == 4
+
+
+@pytest.mark.parametrize("kind", [dr.EntropySGD, Louder])
+def test_hooks_are_called_though_a_program_replaced_the_step_of_the_class(
+    kind: type[dr.EntropySGD], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As programs that log or trace do."""
+    step = dr.EntropySGD.step
+
+    @functools.wraps(step)
+    def traced(self: dr.EntropySGD, *args: Any, **kwargs: Any) -> Any:
+        called.append("traced")
+        return step(self, *args, **kwargs)
+
+    called: list[str] = []
+    monkeypatch.setattr(dr.EntropySGD, "step", traced)
+    optimizer = ready(kind)
+    optimizer.register_step_pre_hook(lambda *_: called.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: called.append("post"))
+    optimizer.step()
+    assert sorted(called) == ["post", "pre", "traced"]
 
 
 def test_a_pre_hook_may_change_the_arguments() -> None:
