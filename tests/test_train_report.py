@@ -201,3 +201,13 @@ def test_report_makes_table_and_picture_again(tmp_path: Path, capsys: pytest.Cap
     with pytest.raises(SystemExit):
         main(["report", str(tmp_path / "one"), str(tmp_path / "one")])
     assert "expected each run only once" in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results.save(comparison_of({"sgd": [curve_of([9.0])]}), tmp_path)
+    (tmp_path / report.TABLE).mkdir()
+    with pytest.raises(SystemExit) as stop:
+        main(["report", str(tmp_path)])
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("deeprelax report: --out: ")

@@ -31,7 +31,8 @@ def run(args: argparse.Namespace) -> int:
     folder = args.out or (args.runs[0] if len(args.runs) == 1 else several)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        text = report.write(made, folder)
     except OSError as error:
         raise UsageError(f"--out: {error}") from error
-    print(report.write(made, folder), folder / report.TABLE, folder / report.PICTURE, sep="\n")
+    print(text, folder / report.TABLE, folder / report.PICTURE, sep="\n")
     return 0
