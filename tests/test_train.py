@@ -18,7 +18,7 @@ from deeprelax_cuda.train.models import MODELS, Model
 from deeprelax_cuda.train.progress import Progress
 from deeprelax_cuda.train.schedules import Schedule
 from deeprelax_cuda.train.stopping import Stopped
-from deeprelax_cuda.train.stopwatch import PARTS
+from deeprelax_cuda.train.stopwatch import PARTS, Stopwatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -138,6 +138,40 @@ def test_every_part_of_a_step_is_timed_and_evaluations_are_not() -> None:
     assert all(seconds > 0 for seconds in curve.parts.values())
     assert sum(curve.parts.values()) == pytest.approx(curve.seconds[-1])
     assert 0 < curve.seconds[0] < curve.seconds[1]
+
+
+def test_laps_on_a_gpu_are_events_of_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the device that computes, which need not be the current one; read in bulk, in the middle of a step too."""
+    now, recorded, waited = 0.0, [], 0
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: object) -> None:
+            recorded.append(stream)
+            self.at = now
+
+        def synchronize(self) -> None:
+            nonlocal waited
+            waited += 1
+
+        def elapsed_time(self, after: Event) -> float:
+            return 1e3 * (after.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(Stopwatch, "BULK", 6)
+    stopwatch = Stopwatch(torch.device("cuda:1"))
+    for _ in range(10):
+        now += 100.0  # of an evaluation, say
+        stopwatch.start()
+        for seconds, part in zip((1.0, 2.0, 4.0), PARTS, strict=True):
+            now += seconds
+            stopwatch.lap(part)
+    assert 40 / 6 - 1 < waited < 40 / 4
+    assert stopwatch.read() == stopwatch.read() == {"data": 10.0, "forward_backward": 20.0, "optimizer": 40.0}
+    assert set(recorded) == {"stream of cuda:1"}
 
 
 def test_bfloat16_trains_with_either_rounding_and_with_master_weights() -> None:
@@ -283,6 +317,17 @@ def test_an_evaluation_that_is_broken_off_leaves_training_as_it_was(normed: str)
 def test_rehearsal_names_the_method_whose_options_are_wrong() -> None:
     with pytest.raises(UsageError, match=r"^entropy-sgd: .*frobnicate"):
         compare.rehearse(settings(options={"entropy-sgd": {"frobnicate": 1}}), DIGITS)
+
+
+def test_rehearsal_refuses_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors of CUDA have several."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("CUDA error: out of memory\nFor debugging consider passing CUDA_LAUNCH_BLOCKING=1")
+
+    monkeypatch.setattr(loop, "cross_entropy", fail)
+    with pytest.raises(UsageError, match=r"^sgd: CUDA error: out of memory For debugging [^\n]*$"):
+        compare.rehearse(settings(), DIGITS)
 
 
 def test_rehearsal_takes_no_curves_and_knows_the_data() -> None:

@@ -92,7 +92,7 @@ def rehearse(settings: Settings, data: Data) -> Comparison:
             run = build(name, settings.seeds[0], settings, data)
             next(run.steps(Progress(), lambda: None))
         except (TypeError, ValueError, RuntimeError) as error:
-            raise UsageError(f"{name}: {error}") from error
+            raise UsageError(f"{name}: {' '.join(str(error).split())}") from error  # those of CUDA have several lines
         comparison.methods[name] = Trained(settings_of(run.optimizer), backend_of(run.optimizer), {})
     return comparison
 

@@ -22,6 +22,7 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._device = device
         self._cuda = device.type == "cuda"
         self._last = 0.0
         self._events: list[tuple[str, torch.cuda.Event]] = []
@@ -59,7 +60,7 @@ class Stopwatch:
 
     def _record(self, part: str) -> None:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))  # not that of the current device, which may be another
         self._events.append((part, event))
         if len(self._events) >= self.BULK:
             self.read()
