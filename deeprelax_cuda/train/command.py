@@ -9,6 +9,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -178,7 +179,7 @@ def _schedule(args: argparse.Namespace) -> Schedule:
     return Schedule(kind, tuple(sorted(args.lr_drops or ())), args.lr_factor or (0.2 if kind == "step" else 1.0))
 
 
-def _options(args: argparse.Namespace, methods: tuple[str, ...], of_model: Any) -> dict[str, dict[str, Any]]:
+def _options(args: argparse.Namespace, methods: tuple[str, ...], of_model: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return each method's options: the model's, those given to all, those given to it, each before the one before it."""
     names = dict.fromkeys(name for method in METHODS.values() for name in method.options)
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
