@@ -191,6 +191,17 @@ def test_the_second_signal_acts_at_once_and_handlers_come_back() -> None:
     assert [signal.getsignal(signum) for signum in SIGNALS] == before
 
 
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stopping() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert stop.signum is None
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_outside_the_main_thread_signals_are_left_alone() -> None:
     seen: list[Stop] = []
 

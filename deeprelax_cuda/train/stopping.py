@@ -36,13 +36,15 @@ class Stop:
 def stopping() -> Iterator[Stop]:
     """Catch the signals for as long as it lasts. The second one of a kind acts at once, as it did before.
 
-    Outside the main thread, where Python lets nobody catch signals, nothing is caught.
+    A signal that is ignored stays so: a shell without job control starts what goes on behind it (``&``) so that Ctrl-C is not
+    meant for it. Outside the main thread, where Python lets nobody catch signals, nothing is caught.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {int(signum): signal.getsignal(signum) or signal.SIG_DFL for signum in SIGNALS}
+    handlers = {int(signum): signal.getsignal(signum) or signal.SIG_DFL for signum in SIGNALS}
+    before = {signum: handler for signum, handler in handlers.items() if handler != signal.SIG_IGN}
 
     def ask(signum: int, frame: FrameType | None) -> None:
         stop.signum = signum
