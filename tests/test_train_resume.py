@@ -18,7 +18,7 @@ import torch
 from train_runs import METHODS, images, settings, state_of, untimed
 
 from deeprelax_cuda.cli import UsageError, main
-from deeprelax_cuda.train import checkpoint, compare, loop, storage
+from deeprelax_cuda.train import checkpoint, compare, loop, results, storage
 from deeprelax_cuda.train.command import CHECKPOINT
 from deeprelax_cuda.train.datasets import digits
 from deeprelax_cuda.train.progress import Progress
@@ -374,6 +374,35 @@ def test_a_new_run_does_not_overwrite_an_unfinished_one(left: Path, capsys: pyte
     before = (left / CHECKPOINT).read_bytes()
     assert "has an unfinished run: --resume" in refusal(["--out", str(left)], capsys)
     assert (left / CHECKPOINT).read_bytes() == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="claims are by flock")
+def test_two_processes_never_work_in_one_folder(left: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (left / CHECKPOINT).read_bytes()
+    with storage.claimed(left):
+        assert f"--resume: another process is at work in {left}" in refusal(["--resume", str(left)], capsys)
+        assert f"--out: another process is at work in {left}" in refusal(["--out", str(left)], capsys)
+    assert (left / CHECKPOINT).read_bytes() == before
+    with storage.claimed(left):  # a claim ends
+        pass
+
+
+def test_what_a_killed_process_left_of_a_checkpoint_is_removed_in_the_end(left: Path) -> None:
+    (left / f"{CHECKPOINT}.tmp").write_bytes(b"half")
+    assert main(["train", "--resume", str(left), "--quiet", "--checkpoint-every", "1e9"]) == 0
+    assert sorted(path.name for path in left.iterdir()) == ["curves.png", "result.json", "seconds.json", "table.txt"]
+
+
+def test_a_signal_while_the_results_are_written_waits_for_them(left: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = results.save
+
+    def save(comparison: compare.Comparison, folder: Path) -> None:
+        signal.raise_signal(signal.SIGINT)
+        real(comparison, folder)
+
+    monkeypatch.setattr(results, "save", save)
+    assert main(["train", "--resume", str(left), "--quiet"]) == 0
+    assert not (left / CHECKPOINT).exists()
 
 
 def test_a_run_goes_on_elsewhere(left: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from deeprelax_cuda import backends
 from deeprelax_cuda.cli import UsageError
 from deeprelax_cuda.machine import versions
 from deeprelax_cuda.noise import check_seed
-from deeprelax_cuda.train import checkpoint
+from deeprelax_cuda.train import checkpoint, storage
 from deeprelax_cuda.train.data import Data, batches_per_epoch
 from deeprelax_cuda.train.datasets import DATASETS
 from deeprelax_cuda.train.methods import METHODS
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     from deeprelax_cuda.train import report, results
     from deeprelax_cuda.train.compare import Saver, Settings, compare, rehearse
     from deeprelax_cuda.train.loop import Curve
-    from deeprelax_cuda.train.stopping import Stopped
+    from deeprelax_cuda.train.stopping import Stopped, stopping
 
     saved: dict[str, Any] = {}
     if args.resume:
@@ -123,23 +123,26 @@ def run(args: argparse.Namespace) -> int:
             comparison.methods[name].curves.update({seed: Curve(**curve) for seed, curve in curves.items()})
     else:
         folder = args.out or Path("runs") / f"{settings.data}-{settings.model}-{time.strftime('%Y%m%d-%H%M%S')}"
-        if (folder / CHECKPOINT).exists():
-            raise UsageError(f"--out: {folder} has an unfinished run: --resume {folder}, or choose another folder")
     saver = Saver(folder / CHECKPOINT, interval=args.checkpoint_every, data_root=root, begun=saved.get("run"))
     try:
-        if not args.resume:
-            folder.mkdir(parents=True, exist_ok=True)
-            saver.save(comparison, None)
-        compare(comparison, data, quiet=args.quiet, saver=saver)
-        results.save(comparison, folder)
-        text = report.write(report.report_of({folder.name: comparison}), folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with storage.claimed(folder), stopping() as stop:
+            if not args.resume:
+                if saver.path.exists():
+                    raise UsageError(f"--out: {folder} has an unfinished run: --resume {folder}, or choose another folder")
+                saver.save(comparison, None)
+            compare(comparison, data, quiet=args.quiet, saver=saver, check=stop.check)
+            results.save(comparison, folder)
+            text = report.write(report.report_of({folder.name: comparison}), folder)
+            storage.remove(saver.path)
     except Stopped as stopped:
         print(f"\ndeeprelax train: stopped by {stopped} at {stopped.where}; saved", file=sys.stderr)
         print(f"go on with: deeprelax train --resume {shlex.quote(str(folder))}", file=sys.stderr)
         return 128 + stopped.signum
+    except BlockingIOError:
+        raise UsageError(f"{'--resume' if args.resume else '--out'}: another process is at work in {folder}") from None
     except OSError as error:
         raise UsageError(f"--out: {error}") from error
-    saver.path.unlink()
     files = (results.RESULT, results.SECONDS, report.TABLE, report.PICTURE)
     print(text, *(folder / file for file in files), sep="\n")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from deeprelax_cuda.train.methods import METHODS, backend_of, settings_of
 from deeprelax_cuda.train.models import MODELS
 from deeprelax_cuda.train.progress import Progress, make_progress
 from deeprelax_cuda.train.schedules import Schedule
-from deeprelax_cuda.train.stopping import Stopped, stopping
+from deeprelax_cuda.train.stopping import Stopped
 
 
 @dataclass(frozen=True)
@@ -97,11 +98,19 @@ def rehearse(settings: Settings, data: Data) -> Comparison:
     return comparison
 
 
-def compare(comparison: Comparison, data: Data, *, quiet: bool, saver: Saver | None = None) -> None:
+def compare(
+    comparison: Comparison,
+    data: Data,
+    *,
+    quiet: bool,
+    saver: Saver | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> None:
     """Add the curve of every method at every seed that has none yet, showing progress on standard error unless ``quiet``.
 
     Raises:
-        Stopped: by a signal; the comparison is saved, and its ``where`` says how far it got.
+        Stopped: by ``check``, which is called after every step and between the batches of an evaluation; the comparison is
+            saved, and ``where`` says how far it got.
     """
     settings = comparison.settings
     run_steps = settings.epochs * batches_per_epoch(data, settings.batch_size)
@@ -111,27 +120,26 @@ def compare(comparison: Comparison, data: Data, *, quiet: bool, saver: Saver | N
     done = (len(runs) - len(left)) * run_steps + (begun["step"] if begun else 0)
     progress = make_progress(steps=len(runs) * run_steps, done=done, epochs=settings.epochs, quiet=quiet)
     try:
-        with stopping() as stop:
-            for name, seed in left:
-                progress.run(f"{name}, seed {seed}")
-                run = build(name, seed, settings, data)
-                if begun:
-                    run.load_state_dict(begun)
-                    begun = None
-                try:
-                    for _ in run.steps(progress, stop.check):
-                        if saver and saver.is_due():
-                            try:
-                                saver.save(comparison, run)
-                            except OSError as error:  # the disk may have room again, or training end without it
-                                progress.warn(f"deeprelax train: checkpoint not written: {error}")
-                        stop.check()
-                except Stopped as stopped:
-                    stopped.where = f"{name}, seed {seed}, after {run.step} of {run_steps} gradient evaluations"
-                    if saver:
-                        saver.save(comparison, run)
-                    raise
-                comparison.methods[name].curves[seed] = run.curve
+        for name, seed in left:
+            progress.run(f"{name}, seed {seed}")
+            run = build(name, seed, settings, data)
+            if begun:
+                run.load_state_dict(begun)
+                begun = None
+            try:
+                for _ in run.steps(progress, check):
+                    if saver and saver.is_due():
+                        try:
+                            saver.save(comparison, run)
+                        except OSError as error:  # the disk may have room again, or training end without it
+                            progress.warn(f"deeprelax train: checkpoint not written: {error}")
+                    check()
+            except Stopped as stopped:
+                stopped.where = f"{name}, seed {seed}, after {run.step} of {run_steps} gradient evaluations"
+                if saver:
+                    saver.save(comparison, run)
+                raise
+            comparison.methods[name].curves[seed] = run.curve
     finally:
         progress.close()
 
