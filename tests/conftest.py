@@ -31,6 +31,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(scope="module")
+def process_settings() -> Iterator[None]:
+    """Puts back what `deeprelax train` sets for its process on a GPU, which here is everybody's."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    torch.backends.cudnn.benchmark = benchmark
+
+
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Threads are a matter of the tests that ask for them; for small tensors they only wait for each other."""
     before = torch.get_num_threads()

@@ -203,3 +203,6 @@ def test_closure_and_hooks_run_once() -> None:
 def test_refused_decay(bad: Any) -> None:
     with pytest.raises(ValueError, match=r"ema_decay: expected a number in \[0, 1\), got"):
         AveragedSGD([nn.Parameter(torch.zeros(1))], lr=0.1, ema_decay=bad)
+    optimizer = AveragedSGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    with pytest.raises(ValueError, match=r"ema_decay: expected a number in \[0, 1\), got"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "ema_decay": bad})

@@ -22,7 +22,9 @@ from deeprelax_cuda.machine import versions
 METHODS = ("sgd", "entropy-sgd")
 FILES = ["curves.png", "result.json", "seconds.json", "table.txt"]
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # the command sets threads for its process, which here is everybody's
+pytestmark = pytest.mark.usefixtures(
+    "one_thread", "process_settings"
+)  # the command sets threads for its process, which here is everybody's
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +172,8 @@ def test_a_run_that_diverges_is_reported_as_such(tmp_path: Path, capsys: pytest.
         (["--rounding", "stochastic"], "--rounding: needs --dtype bfloat16"),
         (["--master-weights", "--dtype", "float32"], "--master-weights: needs --dtype bfloat16"),
         (["--backend", "abacus"], "entropy-sgd: backend"),
-        (["--device", "abacus"], "--device: Expected one of cpu, cuda, "),
-        (["--device", "meta"], "--device: meta cannot be used: "),
+        (["--device", "abacus"], "--device: expected cpu, cuda or cuda:N, got abacus"),
+        (["--device", "meta"], "--device: expected cpu, cuda or cuda:N, got meta"),
         (["--device", "cuda:99"], "--device: cuda:99 cannot be used: "),
         (["--unknown"], "unrecognized arguments: --unknown"),
     ],

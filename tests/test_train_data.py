@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import lzma
+import pydoc_data.topics
 import re
 import struct
 from collections.abc import Callable
@@ -361,7 +362,7 @@ def test_text_is_windows_whose_targets_are_the_next_characters() -> None:
 
 
 def test_no_passage_of_python_s_topics_is_on_both_sides() -> None:
-    training, validation = text.split(text.PYTHON_TOPICS)
+    training, validation = text.split(pydoc_data.topics.topics)
     sides = [{" ".join(p.split()) for p in re.split(r"\n\s*\n", side)} for side in (training, validation)]
     assert len(sides[0]) > 1000
     assert not sides[0] & sides[1]
@@ -390,13 +391,13 @@ def test_what_validation_has_is_left_out_of_training_in_any_layout() -> None:
 
 
 def test_a_character_that_only_validation_has_is_in_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text, "PYTHON_TOPICS", topics(a="\u00e9" * 200, b="b" * 200))
+    monkeypatch.setattr(pydoc_data.topics, "topics", topics(a="\u00e9" * 200, b="b" * 200))
     data = text.text()
     assert not (data.train_inputs == data.classes - 1).any()
     assert (data.val_inputs[0] == data.classes - 1).all()
 
     before = data.digest
-    monkeypatch.setattr(text, "PYTHON_TOPICS", topics(a="\u00e9" * 200, b="b" * 201))
+    monkeypatch.setattr(pydoc_data.topics, "topics", topics(a="\u00e9" * 200, b="b" * 201))
     assert text.text().digest != before
 
 

@@ -61,12 +61,12 @@ def test_perplexity_has_no_unit() -> None:
     assert table["gradient evaluations to 5"] == ["20"]
 
 
-def test_runs_that_diverged_are_in_the_table() -> None:
+def test_runs_that_diverged_are_in_the_table(tmp_path: Path) -> None:
     lost = comparison_of({"sgd": [curve_of([math.inf, math.nan]), curve_of([math.inf, 4.0])]}, data="text", levels=(5.0,))
     table = table_of(lost)
     assert table["final validation perplexity"] == ["nan +- nan"]
     assert table["gradient evaluations to 5"] == ["20 (1 of 2)"]
-    report.figure(report.report_of({"run": lost})).savefig("/dev/null", format="png")
+    report.figure(report.report_of({"run": lost})).savefig(tmp_path / "curves.png")
 
 
 # The picture.
@@ -136,6 +136,11 @@ def test_results_are_strict_json_and_seconds_are_apart(tmp_path: Path) -> None:
         (results.RESULT, "{", "result.json: not JSON: "),
         (results.RESULT, "[]", "result.json: expected a JSON object, got list"),
         (results.RESULT, '{"settings": {}}', "result.json and seconds.json are not those of a run of this version: "),
+        (
+            results.RESULT,
+            '{"methods": {}, "settings": {"data": "x", "schedule": {"drops": []}}}',
+            "are not those of a run of this version: ",
+        ),
         (results.SECONDS, '{"methods": {}}', "result.json and seconds.json are not those of a run of this version: "),
     ],
 )

@@ -26,7 +26,7 @@ from deeprelax_cuda.train.results import RESULT
 from deeprelax_cuda.train.schedules import Schedule
 from deeprelax_cuda.train.stopping import SIGNALS, Stop, Stopped, stopping
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "process_settings")
 
 DIGITS = digits()
 
@@ -65,8 +65,9 @@ def test_a_run_goes_on_bit_for_bit_from_every_position_of_an_inner_loop(method: 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_on_the_gpu_goes_on_bit_for_bit(method: str, tmp_path: Path) -> None:
+def test_a_run_on_the_gpu_goes_on_bit_for_bit(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Data, weights and dropout are on the device; the laps of the stopwatch are events there."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     device = torch.device("cuda")
     data = images(train=512, val=128, size=28).to(device, torch.float32)
@@ -80,7 +81,6 @@ def test_a_run_on_the_gpu_goes_on_bit_for_bit(method: str, tmp_path: Path) -> No
     again.load_state_dict(state)
     for _ in again.steps(Progress(), lambda: None):
         pass
-    torch.use_deterministic_algorithms(False)
     assert untimed(again.curve) == untimed(run.curve)
     assert all(torch.equal(a, b) for a, b in zip(state_of(again), state_of(run), strict=True))
     assert all(0 < seconds < 60 for seconds in again.curve.parts.values())
@@ -361,13 +361,23 @@ def test_other_data_are_refused(left: Path, capsys: pytest.CaptureFixture[str]) 
     assert "is not the data that" in refusal(["--resume", str(left)], capsys)
 
 
-def test_other_versions_are_said(left: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_versions_are_said_and_kept(left: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved = checkpoint.read(left / CHECKPOINT)
     saved["versions"]["torch"] = "1.0"
     checkpoint.write(left / CHECKPOINT, saved)
     assert main(["train", "--resume", str(left), "--quiet"]) == 0
     said = f"deeprelax train: begun with torch 1.0, goes on with {torch.__version__}: bits may differ\n"
     assert capsys.readouterr().err == said
+    versions = json.loads((left / RESULT).read_text())["versions"]
+    assert (versions["torch"], versions["begun_with"]["torch"]) == (torch.__version__, "1.0")
+
+
+def test_a_new_run_does_not_overwrite_the_results_of_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--seeds", "0", "--epochs", "1", "--quiet", "--out", str(tmp_path)]) == 0
+    capsys.readouterr()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert "has the results of another run; choose another folder" in refusal(["--seeds", "1", "--out", str(tmp_path)], capsys)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_new_run_does_not_overwrite_an_unfinished_one(left: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,8 @@ def watched(step: Step) -> Step:
     """Return the method ``step`` of an optimizer in torch's wrapper, which is passed by while nobody watches.
 
     The wrapper tells the profiler of the step and calls the hooks. After a backward pass of some milliseconds, which leaves
-    nothing of Python in the caches, opening and closing the profiler's range alone costs 0.15 ms.
+    nothing of Python in the caches, opening and closing the profiler's range alone costs 0.15 ms. Watching are hooks, torch's
+    profilers and `emit_nvtx`; an `ExecutionTraceObserver` without a profiler does not see the step.
 
     A subclass's own ``step`` is wrapped by torch, so that the hooks are called there and not once more in here. One that a
     program has put in the place of the class's is not: ``functools.wraps`` copies the ``hooked`` by which torch would know.

@@ -42,6 +42,12 @@ class AveragedSGD(SGD):
         for group in self.param_groups:
             check_number("ema_decay", group.setdefault("ema_decay", ema_decay), "[0, 1)")
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, also in mid-training."""
+        if "ema_decay" in param_group:
+            check_number("ema_decay", param_group["ema_decay"], "[0, 1)")
+        super().add_param_group(param_group)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take a step of SGD and let the average follow; in eval mode go back to the live weights first, and warn."""

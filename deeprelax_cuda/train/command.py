@@ -117,6 +117,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.resume:
         folder = args.resume
+        if comparison.versions != saved["versions"]:
+            comparison.versions["begun_with"] = saved["versions"]
         if comparison.data != saved["data"]:
             raise UsageError(f"--resume: the data under {root} is not the data that {folder} was begun with")
         for name, curves in saved["curves"].items():
@@ -130,6 +132,8 @@ def run(args: argparse.Namespace) -> int:
             if not args.resume:
                 if saver.path.exists():
                     raise UsageError(f"--out: {folder} has an unfinished run: --resume {folder}, or choose another folder")
+                if (folder / results.RESULT).exists():
+                    raise UsageError(f"--out: {folder} has the results of another run; choose another folder")
                 saver.save(comparison, None)
             compare(comparison, data, quiet=args.quiet, saver=saver, check=stop.check)
             results.save(comparison, folder)
@@ -212,8 +216,8 @@ def _saved(args: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(f"--resume: {args.resume} has no {CHECKPOINT}: no run was left there, or it is finished")
     saved = checkpoint.read(path)
     for name, version in versions().items():
-        if saved["versions"].get(name) != version:
-            begun = saved["versions"].get(name)
+        begun = saved["versions"].get(name)
+        if begun != version:
             print(f"deeprelax train: begun with {name} {begun}, goes on with {version}: bits may differ", file=sys.stderr)
     return saved
 
@@ -222,7 +226,7 @@ def _prepare(device: torch.device, threads: int) -> None:
     """Set what the bits of a run depend on beside its settings."""
     torch.set_num_threads(threads)
     if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
     try:
@@ -264,9 +268,12 @@ def _positive(text: str) -> float:
 
 def _device(text: str) -> torch.device:
     try:
-        return torch.device(text)
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+        device = torch.device(text)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):  # of others neither generators nor clocks are known here
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text}")
+    return device
 
 
 def _assignment(text: str) -> tuple[str, str, Any]:

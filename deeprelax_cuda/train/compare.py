@@ -68,6 +68,7 @@ class Comparison:
     data: dict[str, Any]
     """The number of ``train_examples`` and ``val_examples``, and the ``digest`` of the data."""
     versions: dict[str, Any]
+    """Those of the process that ended it; "begun_with" has those that it was begun with where they were others."""
     platform: dict[str, Any]
     methods: dict[str, Trained]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -65,8 +66,8 @@ def at_answer(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
 
 
 def predictions(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return outputs of shape (predictions, classes) and targets of shape (predictions,); a text has many in an example."""
-    return outputs.flatten(0, -2), targets.flatten()
+    """Return outputs, float32 of shape (predictions, classes), and targets, (predictions,); a text has many in an example."""
+    return outputs.flatten(0, -2).float(), targets.flatten()
 
 
 class Run:
@@ -198,7 +199,8 @@ def validate(model: nn.Module, data: Data, measure: Measure, check: Callable[[],
     """
 
     def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        for chunk in zip(*(torch.split(tensor, EVALUATION_CHUNK) for tensor in tensors), strict=True):
+        count = math.ceil(len(tensors[0]) / EVALUATION_CHUNK)  # near-equal ones, as each counts alike in batch norm's means
+        for chunk in zip(*(torch.tensor_split(tensor, count) for tensor in tensors), strict=True):
             check()
             yield chunk
 

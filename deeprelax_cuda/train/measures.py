@@ -37,7 +37,7 @@ def _wrong(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _nats(outputs: Tensor, targets: Tensor) -> Tensor:
-    return cross_entropy(outputs.float(), targets, reduction="sum")
+    return cross_entropy(outputs, targets, reduction="sum")
 
 
 def _exp(nats: float) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 from deeprelax_cuda.cli import UsageError
 from deeprelax_cuda.train import storage
 from deeprelax_cuda.train.compare import Comparison, Settings, Trained
+from deeprelax_cuda.train.datasets import DATASETS
 from deeprelax_cuda.train.loop import Curve
 
 #: Settings, versions and curves over gradient evaluations: the same bytes whenever the same comparison is made again.
@@ -51,7 +52,10 @@ def load(folder: Path) -> Comparison:
             )
             for name, trained in result["methods"].items()
         }
-        return Comparison(Settings.of(result["settings"]), result["data"], result["versions"], result["platform"], methods)
+        settings = Settings.of(result["settings"])
+        if settings.data not in DATASETS:  # what was measured is not known then
+            raise KeyError(settings.data)
+        return Comparison(settings, result["data"], result["versions"], result["platform"], methods)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"{folder}: {RESULT} and {SECONDS} are not those of a run of this version: {error!r}") from error
 

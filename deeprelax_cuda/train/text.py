@@ -6,7 +6,6 @@ import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from pydoc_data.topics import topics as PYTHON_TOPICS
 
 import torch
 from torch import Tensor
@@ -25,9 +24,10 @@ def text(root: Path | None = None) -> Data:
     An input is a window, its target the same window one character on. The vocabulary is all characters that occur, in order of
     code points. The text belongs to the version of Python; the digest says which it was.
     """
-    names = sorted(PYTHON_TOPICS)
-    digest = hashlib.sha256("\0".join(f"{name}\0{PYTHON_TOPICS[name]}" for name in names).encode()).hexdigest()
-    training, validation = split(PYTHON_TOPICS)
+    from pydoc_data.topics import topics  # some distributions of Python lack it
+
+    digest = hashlib.sha256("\0".join(f"{name}\0{topics[name]}" for name in sorted(topics)).encode()).hexdigest()
+    training, validation = split(topics)
     vocabulary = sorted(set(training + validation))
     train_inputs, train_targets = windows(training, vocabulary)
     val_inputs, val_targets = windows(validation, vocabulary)
