@@ -80,6 +80,15 @@ def test_errors_are_on_a_logarithmic_axis_unless_one_is_zero(lowest: float, scal
     assert figure.axes[0].get_ylabel() == "validation error (%)"
 
 
+@pytest.mark.parametrize(
+    ("values", "scale"), [([math.inf, math.inf], "linear"), ([4.0, math.inf], "log"), ([4.0, math.nan], "log")]
+)
+def test_runs_that_diverged_are_drawn_as_far_as_they_can_be(values: list[float], scale: str, tmp_path: Path) -> None:
+    made = report.report_of({"run": comparison_of({"sgd": [curve_of(values)]})})
+    assert report.figure(made).axes[0].get_yscale() == scale
+    report.write(made, tmp_path)
+
+
 def test_band_reaches_from_the_lowest_to_the_highest_seed() -> None:
     curves = [curve_of(errors, [1.0 * i, 2.0 * i]) for i, errors in enumerate(([8.0, 1.0], [20.0, 6.0], [11.0, 5.0]), 1)]
     by_evaluations, by_seconds = report.figure(report.report_of({"run": comparison_of({"sgd": curves})})).axes

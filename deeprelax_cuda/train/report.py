@@ -157,12 +157,14 @@ def figure(report: Report) -> Figure:
 
     Lines are means over the seeds, bands reach from the lowest to the highest seed.
     """
+    lines_drawn = False  # of runs that diverged nothing is, and a logarithmic axis needs something
     picture = Figure(figsize=(7.0, 2.9), layout="constrained")
     FigureCanvasAgg(picture)
     by_evaluations, by_seconds = picture.subplots(1, 2, sharey=True, gridspec_kw={"wspace": 0.06})
     for column, colour, marker in zip(report.columns, itertools.cycle(COLOURS), itertools.cycle(MARKERS)):
         at_each = list(zip(*(curve.validation for curve in column.curves), strict=True))
         mean, lowest, highest = ([f(seeds) for seeds in at_each] for f in (statistics.mean, min, max))
+        lines_drawn |= any(map(math.isfinite, mean))
         seconds = [statistics.mean(times) for times in zip(*(curve.seconds for curve in column.curves), strict=True)]
         style = {"color": colour, "linewidth": 1.4, "markersize": 3.2, "label": column.label}
         for axes, x in ((by_evaluations, column.curves[0].gradient_evaluations), (by_seconds, seconds)):
@@ -177,8 +179,9 @@ def figure(report: Report) -> Figure:
     measure = report.measure
     by_evaluations.set_ylabel(f"{measure.name} ({measure.unit})" if measure.unit else measure.name)
     values = [value for column in report.columns for curve in column.curves for value in curve.validation]
-    if all(value > 0 for value in values):
-        _logarithmic(by_evaluations, max(values) / min(values))
+    finite = [value for value in values if math.isfinite(value)]
+    if lines_drawn and min(finite) > 0:
+        _logarithmic(by_evaluations, max(finite) / min(finite))
     seeds = {len(column.curves) for column in report.columns}
     title = f"mean and range of {'/'.join(map(str, sorted(seeds)))} seeds" if max(seeds) > 1 else None
     by_seconds.legend(frameon=False, title=title, alignment="left")
