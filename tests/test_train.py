@@ -265,6 +265,14 @@ def test_validation_counts_every_example(monkeypatch: pytest.MonkeyPatch) -> Non
     assert value == 100.0 * int((DIGITS.val_targets != 3).sum()) / 540
 
 
+def test_whole_errors_are_whole_numbers() -> None:
+    """A level of 7 % is reached with 7 of 100 wrong, though 100 * (7 / 100) is above it in binary."""
+    measure, targets = MEASURES["error"], torch.zeros(100, dtype=torch.int64)
+    for wrong in range(101):
+        outputs = torch.eye(2)[(torch.arange(100) < wrong).long()]
+        assert measure.of_mean(measure.sum(outputs, targets).item() / 100) == wrong
+
+
 def test_perplexity_is_the_number_of_equally_likely_choices() -> None:
     """Of a text, where an example has many predictions: all count alike."""
     targets = torch.randint(8, (6, 9))
@@ -279,7 +287,14 @@ def test_perplexity_is_the_number_of_equally_likely_choices() -> None:
 
 @pytest.mark.parametrize(
     ("last", "interval", "steps"),
-    [(10, 5.0, {5, 10}), (10, 4.0, {4, 8, 10}), (10, 2.5, {2, 5, 8, 10}), (3, 9.0, {3}), (3, 0.2, {1, 2, 3})],
+    [
+        (10, 5.0, {5, 10}),
+        (10, 4.0, {4, 8, 10}),
+        (10, 2.5, {2, 5, 8, 10}),
+        (3, 9.0, {3}),
+        (3, 0.2, {1, 2, 3}),
+        (3, 1e-9, {1, 2, 3}),
+    ],
 )
 def test_evaluations_are_at_the_nearest_steps_and_at_the_end(last: int, interval: float, steps: set[int]) -> None:
     assert loop.evaluation_steps(last, interval) == steps

@@ -188,7 +188,8 @@ class Run:
 
 def evaluation_steps(last: int, interval: float) -> set[int]:
     """Return the gradient evaluations after which to validate: the whole numbers nearest to each interval, and the last."""
-    return {max(1, round(i * interval)) for i in range(1, int(last / interval) + 1)} | {last}
+    interval = max(1.0, interval)  # a shorter one means every step too, by ever more numbers
+    return {round(i * interval) for i in range(1, int(last / interval) + 1)} | {last}
 
 
 @torch.no_grad()
