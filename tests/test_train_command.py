@@ -154,6 +154,8 @@ def test_a_run_that_diverges_is_reported_as_such(tmp_path: Path, capsys: pytest.
         (["--epochs", "0"], "--epochs: expected a whole number of at least 1, got 0"),
         (["--epochs", "1.5"], "--epochs: expected a whole number of at least 1, got 1.5"),
         (["--eval-every", "0"], "--eval-every: expected a number above 0, got 0"),
+        (["--levels", "5", "inf"], "--levels: expected a finite number, got inf"),
+        (["--set", "sgd.maximize={1}"], "sgd: "),
         (["--checkpoint-every", "inf"], "--checkpoint-every: expected a number above 0, got inf"),
         (["--seeds", "-1"], "--seeds: expected a whole number in [0, 2**64), got -1"),
         (["--seeds", "1", "1"], "--seeds: expected each only once, got 1 1"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import math
 import os
 import shlex
 import sys
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     budget.add_argument("--epochs", type=_count, help="passes over the data: gradient evaluations / batches per epoch")
     budget.add_argument("--batch-size", type=_count, metavar="EXAMPLES")
     budget.add_argument("--eval-every", type=_positive, metavar="EPOCHS", help="need not be whole; default: 1")
-    budget.add_argument("--levels", type=float, nargs="+", metavar="LEVEL", help="errors in %%, or perplexities, to time")
+    budget.add_argument("--levels", type=_finite, nargs="+", metavar="LEVEL", help="errors in %%, or perplexities, to time")
 
     schedule = parser.add_argument_group("learning rate (the outer step of entropy-sgd)")
     schedule.add_argument("--lr", type=float, help="default: the method's")
@@ -263,6 +264,17 @@ def _positive(text: str) -> float:
         value = 0.0
     if not 0.0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return value
+
+
+def _finite(text: str) -> float:
+    """Read a finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a finite number, got {text}")
     return value
 
 
