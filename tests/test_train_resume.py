@@ -339,6 +339,19 @@ def test_what_torch_cannot_read_is_refused_in_one_line(tmp_path: Path) -> None:
         checkpoint.read(tmp_path / "file")
 
 
+@pytest.mark.parametrize(
+    "change", [{"settings": {}}, {"curves": None}, {"run": {"step": 1}}], ids=["settings", "curves", "run"]
+)
+def test_a_checkpoint_of_another_version_is_refused_in_one_line(
+    change: dict[str, object], left: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint.write(left / CHECKPOINT, {**checkpoint.read(left / CHECKPOINT), **change})
+    before = (left / CHECKPOINT).read_bytes()
+    message = f"--resume: {left / CHECKPOINT} does not fit this version of deeprelax train: "
+    assert message in refusal(["--resume", str(left)], capsys)
+    assert (left / CHECKPOINT).read_bytes() == before
+
+
 def test_a_folder_without_an_unfinished_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"--resume: {tmp_path} has no {CHECKPOINT}: no run was left there, or it is finished" in refusal(
         ["--resume", str(tmp_path)], capsys

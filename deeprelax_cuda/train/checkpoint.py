@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -44,3 +46,17 @@ def read(path: Path) -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError) as error:
         raise UsageError(f"{path}: torch {torch.__version__} cannot read it: {str(error).splitlines()[0]}") from error
     return read
+
+
+@contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """Refuse, in one line, the content of a whole checkpoint that the block cannot use: another version wrote it.
+
+    Raises:
+        UsageError: in place of what the block raised.
+    """
+    try:
+        yield
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UsageError(f"--resume: {path} does not fit this version of deeprelax train: {said}") from error

@@ -108,7 +108,9 @@ def run(args: argparse.Namespace) -> int:
     saved: dict[str, Any] = {}
     if args.resume:
         saved = _saved(args)
-        settings, root = Settings.of(saved["settings"]), args.data_root or (saved["data_root"] and Path(saved["data_root"]))
+        with checkpoint.fitting(args.resume / CHECKPOINT):
+            settings = Settings.of(saved["settings"])
+            root = args.data_root or (saved["data_root"] and Path(saved["data_root"]))
     else:
         settings, root = Settings(**_settings(args)), args.data_root
     device = torch.device(settings.device)
@@ -122,8 +124,9 @@ def run(args: argparse.Namespace) -> int:
             comparison.versions["begun_with"] = saved["versions"]
         if comparison.data != saved["data"]:
             raise UsageError(f"--resume: the data under {root} is not the data that {folder} was begun with")
-        for name, curves in saved["curves"].items():
-            comparison.methods[name].curves.update({seed: Curve(**curve) for seed, curve in curves.items()})
+        with checkpoint.fitting(folder / CHECKPOINT):
+            for name, curves in saved["curves"].items():
+                comparison.methods[name].curves.update({seed: Curve(**curve) for seed, curve in curves.items()})
     else:
         folder = args.out or Path("runs") / f"{settings.data}-{settings.model}-{time.strftime('%Y%m%d-%H%M%S')}"
     saver = Saver(folder / CHECKPOINT, interval=args.checkpoint_every, data_root=root, begun=saved.get("run"))
@@ -216,9 +219,10 @@ def _saved(args: argparse.Namespace) -> dict[str, Any]:
     if args.resume.is_dir() and not path.exists():
         raise UsageError(f"--resume: {args.resume} has no {CHECKPOINT}: no run was left there, or it is finished")
     saved = checkpoint.read(path)
+    with checkpoint.fitting(path):
+        versions_then = dict(saved["versions"])
     for name, version in versions().items():
-        begun = saved["versions"].get(name)
-        if begun != version:
+        if (begun := versions_then.get(name)) != version:
             print(f"deeprelax train: begun with {name} {begun}, goes on with {version}: bits may differ", file=sys.stderr)
     return saved
 

@@ -124,8 +124,9 @@ def compare(
         for name, seed in left:
             progress.run(f"{name}, seed {seed}")
             run = build(name, seed, settings, data)
-            if begun:
-                run.load_state_dict(begun)
+            if saver and begun:
+                with checkpoint.fitting(saver.path):
+                    run.load_state_dict(begun)
                 begun = None
             try:
                 for _ in run.steps(progress, check):
