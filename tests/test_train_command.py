@@ -151,8 +151,8 @@ def test_a_run_that_diverges_is_reported_as_such(tmp_path: Path, capsys: pytest.
     [
         (["--method", "adam"], "--method: invalid choice: 'adam'"),
         (["--data", "imagenet"], "--data: invalid choice: 'imagenet'"),
-        (["--epochs", "0"], "--epochs: expected a whole number of at least 1, got 0"),
-        (["--epochs", "1.5"], "--epochs: expected a whole number of at least 1, got 1.5"),
+        (["--epochs", "0"], "--epochs: expected a whole number from 1 to 1000000, got 0"),
+        (["--epochs", "1.5"], "--epochs: expected a whole number from 1 to 1000000, got 1.5"),
         (["--eval-every", "0"], "--eval-every: expected a number above 0, got 0"),
         (["--levels", "5", "inf"], "--levels: expected a finite number, got inf"),
         (["--set", "sgd.maximize={1}"], "sgd: "),
@@ -167,6 +167,12 @@ def test_a_run_that_diverges_is_reported_as_such(tmp_path: Path, capsys: pytest.
         (["--set", "lr=1"], "--set: expected METHOD.OPTION=VALUE, got lr=1"),
         (["--set", "sgd.depth=1"], "sgd: SGD.__init__() got an unexpected keyword argument 'depth'"),
         (["--lr", "-1"], "sgd: Invalid learning rate: -1.0"),
+        (["--lr", "nan"], "--lr: expected a number, got nan"),
+        (["--threads", "100000"], "--threads: expected a whole number from 1 to 1024, got 100000"),
+        (
+            ["--epochs", "5", "--lr-schedule", "step", "--lr-drops", "2", "5"],
+            "--lr-drops: 5 is not before the end, after 5 epochs",
+        ),
         (["--lr-schedule", "step"], "--lr-schedule step: needs --lr-drops EPOCH..."),
         (["--lr-drops", "3"], "--lr-drops: needs --lr-schedule step"),
         (["--lr-schedule", "cosine", "--lr-factor", "0.5"], "--lr-factor: needs --lr-schedule step"),

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     budget.add_argument("--levels", type=_finite, nargs="+", metavar="LEVEL", help="errors in %%, or perplexities, to time")
 
     schedule = parser.add_argument_group("learning rate (the outer step of entropy-sgd)")
-    schedule.add_argument("--lr", type=float, help="default: the method's")
+    schedule.add_argument("--lr", type=_number, help="default: the method's")
     schedule.add_argument("--lr-schedule", choices=SCHEDULES, help="over the epochs; default: constant")
     schedule.add_argument(
         "--lr-drops", type=_count, nargs="+", metavar="EPOCH", help="for step: the epochs after which it drops"
@@ -61,19 +61,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     options = parser.add_argument_group("methods' options (default: the model's, or else the method's)")
-    options.add_argument("--momentum", type=float, help="that of the outer step for entropy-sgd")
-    options.add_argument("--weight-decay", type=float)
-    options.add_argument("--inner-lr", type=float, help="step along the gradient")
-    options.add_argument("--inner-momentum", type=float)
+    options.add_argument("--momentum", type=_number, help="that of the outer step for entropy-sgd")
+    options.add_argument("--weight-decay", type=_number)
+    options.add_argument("--inner-lr", type=_number, help="step along the gradient")
+    options.add_argument("--inner-momentum", type=_number)
     options.add_argument("--inner-steps", type=int, help="gradient evaluations per outer step")
-    options.add_argument("--gamma", type=float, help="initial width of the relaxation; the coupling is 1/gamma")
-    options.add_argument("--scoping", type=float, help="each outer step divides gamma by 1 + scoping")
-    options.add_argument("--gamma-min", type=float, help="floor of gamma")
-    options.add_argument(
-        "--gamma-total", type=float, help="gamma runs down from this with the elapsed time, in place of scoping"
-    )
-    options.add_argument("--temperature", type=float, help="inner steps get noise of std sqrt(2 * inner_lr * temperature)")
-    options.add_argument("--ema-decay", type=float, help="weight of the old average in sgd-ema")
+    options.add_argument("--gamma", type=_number, help="initial width of the relaxation; the coupling is 1/gamma")
+    options.add_argument("--scoping", type=_number, help="each outer step divides gamma by 1 + scoping")
+    options.add_argument("--gamma-min", type=_number, help="floor of gamma")
+    options.add_argument("--gamma-total", type=_number, help="in place of scoping: gamma runs down from this to --gamma-min")
+    options.add_argument("--temperature", type=_number, help="inner steps get noise of std sqrt(2 * inner_lr * temperature)")
+    options.add_argument("--ema-decay", type=_number, help="weight of the old average in sgd-ema")
     options.add_argument(
         "--set", type=_assignment, nargs="+", metavar="METHOD.OPTION=VALUE", help="any option of one method's optimizer"
     )
@@ -86,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--master-weights", action="store_const", const=True, help="entropy-sgd keeps float32 weights beside bfloat16 ones"
     )
     machine.add_argument("--backend", help=f"who computes the fused step: auto, {', '.join(backends.NAMES)}")
-    machine.add_argument("--threads", type=_count, help="CPU threads; default: the data's, or else torch's")
+    machine.add_argument("--threads", type=_threads, help="CPU threads; default: the data's, or else torch's")
 
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=Path, metavar="DIR", help="default: runs/DATA-MODEL-TIME")
@@ -172,7 +170,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         "batch_size": args.batch_size or dataset.batch_size,
         "eval_every": args.eval_every or 1.0,
         "levels": tuple(args.levels or dataset.levels),
-        "schedule": _schedule(args),
+        "schedule": _schedule(args, args.epochs or dataset.epochs),
         "dtype": args.dtype or "float32",
         "device": str(device),
         "threads": args.threads or dataset.threads or torch.get_num_threads(),
@@ -180,14 +178,17 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _schedule(args: argparse.Namespace) -> Schedule:
+def _schedule(args: argparse.Namespace, epochs: int) -> Schedule:
     kind = args.lr_schedule or "constant"
     for option in ("lr_drops", "lr_factor"):
         if getattr(args, option) is not None and kind != "step":
             raise UsageError(f"--{option.replace('_', '-')}: needs --lr-schedule step")
     if kind == "step" and not args.lr_drops:
         raise UsageError("--lr-schedule step: needs --lr-drops EPOCH...")
-    return Schedule(kind, tuple(sorted(args.lr_drops or ())), args.lr_factor or (0.2 if kind == "step" else 1.0))
+    drops = tuple(sorted(args.lr_drops or ()))
+    if drops and drops[-1] >= epochs:
+        raise UsageError(f"--lr-drops: {drops[-1]} is not before the end, after {epochs} epochs")
+    return Schedule(kind, drops, args.lr_factor or (0.2 if kind == "step" else 1.0))
 
 
 def _options(args: argparse.Namespace, methods: tuple[str, ...], of_model: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -254,10 +255,25 @@ def _distinct(option: str, values: list[T]) -> tuple[T, ...]:
 
 
 def _count(text: str) -> int:
-    """Read a whole number of at least 1."""
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
+    """Read a whole number from 1 to a million."""
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 1_000_000:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 1000000, got {text}")
     return int(text)
+
+
+def _threads(text: str) -> int:
+    """Read a number of threads that torch survives."""
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 1024:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 1024, got {text}")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    """Read a number, inf included."""
+    with contextlib.suppress(ValueError):
+        if (value := float(text)) == value:
+            return value
+    raise argparse.ArgumentTypeError(f"expected a number, got {text}")
 
 
 def _positive(text: str) -> float:
