@@ -34,14 +34,14 @@ def test_table_counts_the_seeds_that_reach_a_level() -> None:
     assert table["best validation error, %"] == ["5.50 +- 2.12", "4.00 +- 0.00"]
     assert table["gradient evaluations to 9 %"] == ["10 +- 0", "10 +- 0"]
     assert table["gradient evaluations to 5 %"] == ["20 (1 of 2)", "20 +- 0"]
-    assert table["seconds to 5 %"] == ["2.0 (1 of 2)", "2.0 +- 0.0"]
+    assert table["seconds to 5 %"] == ["2.00 (1 of 2)", "2.00 +- 0.00"]
     assert table["gradient evaluations to 1 %"] == ["- (0 of 2)", "- (0 of 2)"]
 
 
 def test_table_says_where_the_time_went() -> None:
     """The parts are of the whole run; 3 s over 30 gradient evaluations are 100 ms each."""
     table = table_of(comparison_of({"sgd": [curve_of([9.0, 4.0, 6.0])]}))
-    assert table["training seconds"] == ["3.0"]
+    assert table["training seconds"] == ["3.00"]
     assert table["ms per gradient evaluation"] == ["100.00"]
     assert table["forward and backward"] == ["80.00"]
     assert table["optimizer"] == ["10.00"]
@@ -203,7 +203,7 @@ def test_report_makes_table_and_picture_again(tmp_path: Path, capsys: pytest.Cap
     assert text.startswith(
         "digits, mlp: 1257 examples to train on, 540 to validate; 2 epochs of 39 gradient evaluations; seeds 0"
     )
-    assert rows_of(text)["seconds to 5 %"] == ["2.0"]
+    assert rows_of(text)["seconds to 5 %"] == ["2.00"]
     assert printed.startswith(text)
     assert (tmp_path / "one" / report.PICTURE).exists()
 

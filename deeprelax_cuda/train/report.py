@@ -119,8 +119,8 @@ def table(report: Report) -> str:
     for level in report.levels:
         goal = f"{level:g} {report.measure.unit}".rstrip()
         add(f"gradient evaluations to {goal}", ".0f", reached(level, "gradient_evaluations"))
-        add(f"seconds to {goal}", ".1f", reached(level, "seconds"))
-    add("training seconds", ".1f", lambda curve: curve.seconds[-1])
+        add(f"seconds to {goal}", ".2f", reached(level, "seconds"))
+    add("training seconds", ".2f", lambda curve: curve.seconds[-1])
     add("ms per gradient evaluation", ".2f", lambda curve: _milliseconds(curve, curve.seconds[-1]))
     for part, name in PARTS.items():
         add(name, ".2f", spent(part))
