@@ -34,10 +34,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def process_settings() -> Iterator[None]:
     """Puts back what `deeprelax train` sets for its process on a GPU, which here is everybody's."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    benchmark = torch.backends.cudnn.benchmark
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-    torch.backends.cudnn.benchmark = benchmark
 
 
 @pytest.fixture(scope="module")

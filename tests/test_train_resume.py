@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from io import BytesIO
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 import torch
 from train_runs import METHODS, images, settings, state_of, untimed
 
+import deeprelax_cuda as dr
 from deeprelax_cuda.cli import UsageError, main
 from deeprelax_cuda.train import checkpoint, compare, loop, results, storage
 from deeprelax_cuda.train.command import CHECKPOINT
@@ -107,7 +109,9 @@ OPTIONS = ["--epochs", "6", "--seeds", "0", "3", "--method", *METHODS, "--inner-
 def start(*options: str, checkpoint_every: float = 1e9) -> subprocess.Popen[str]:
     every = ["--checkpoint-every", str(checkpoint_every)]
     command = [sys.executable, "-m", "deeprelax_cuda", "train", *options, *every]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Elsewhere than in a source tree, whose package Python would take before the one that is tested.
+    where = {"cwd": tempfile.gettempdir(), "env": {**os.environ, "PYTHONPATH": str(Path(dr.__file__).parents[1])}}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **where)
 
 
 def wait_for_line(process: subprocess.Popen[str], start_of_line: str) -> None:

@@ -232,13 +232,13 @@ def _prepare(device: torch.device, threads: int) -> None:
     """Set what the bits of a run depend on beside its settings."""
     torch.set_num_threads(threads)
     if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.backends.cudnn.benchmark = False
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # read when the device is first used
     try:
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"--device: {device} cannot be used: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda":
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def _load(name: str, root: Path | None, batch_size: int) -> Data:
