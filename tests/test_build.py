@@ -54,6 +54,7 @@ def path_without(command: str) -> str:
     return os.pathsep.join([str(Path(sys.executable).parent), *folders])
 
 
+@pytest.mark.slow
 def test_import_needs_torch_alone_and_touches_no_device():
     loaded = python(
         "import sys, torch\n"
@@ -65,6 +66,7 @@ def test_import_needs_torch_alone_and_touches_no_device():
     assert loaded.split() == ["False", "{'deeprelax_cuda'}", "False"]
 
 
+@pytest.mark.slow
 def test_nothing_is_installed_under_a_name_of_somebody_else():
     where = python("import importlib.util as u; print(u.find_spec('bench'), u.find_spec('triton_kernels'))")
     assert where.split() == ["None", "None"]
@@ -106,6 +108,7 @@ def test_cuda_asked_for_and_missing_is_an_error_and_auto_says_so(sources, tmp_pa
     assert list((tmp_path / "site" / "deeprelax_cuda").glob("_native*.so"))
 
 
+@pytest.mark.slow
 def test_flags_that_change_arithmetic_are_refused(sources, tmp_path):
     done = install(sources, tmp_path / "site", CXXFLAGS="-O2 -ffast-math", DEEPRELAX_BUILD_CUDA="0")
     assert done.returncode != 0
@@ -159,6 +162,7 @@ def test_the_cmake_package_serves_another_program(sources, tmp_path):
         assert not [line for line in symbols if line[17:18] in ("W", "V", "u")], path
 
 
+@pytest.mark.slow
 def test_the_example_in_python_learns():
     code = f"import runpy; print(runpy.run_path({str(ROOT / 'examples/own_loop.py')!r})['main']())"
     assert float(python(code).split()[-1]) < 0.03

@@ -189,6 +189,7 @@ def test_tail_counts(sigmas):
 
 
 @pytest.mark.parametrize("sigmas", [4, 5, 6])
+@pytest.mark.slow
 def test_tail_mass_from_every_word_that_reaches_it(sigmas):
     """All w0 whose radius can exceed ``sigmas``, each with many angles, weigh the tail far beyond what sampling shows."""
     reach = math.floor(2**32 * math.exp(-(sigmas**2) / 2)) + 64

@@ -158,6 +158,7 @@ def test_the_gpu_of_this_machine(capsys):
     assert [row["failures"] for row in said["self_test"] if row["device"] == "cuda"]
 
 
+@pytest.mark.slow
 def test_it_needs_torch_alone():
     code = (
         "import sys\n"
@@ -313,6 +314,7 @@ def test_a_probe_that_raises_is_a_problem_and_the_others_go_on(capsys, monkeypat
 
 
 @pytest.mark.parametrize("built", ["broken", "for another Python", "not at all"])
+@pytest.mark.slow
 def test_a_native_module_that_does_not_load(built, tmp_path):
     package = shutil.copytree(
         Path(deeprelax_cuda.__file__).parent, tmp_path / "deeprelax_cuda", ignore=shutil.ignore_patterns("*.so", "__pycache__")
@@ -350,6 +352,7 @@ def test_versions_and_platform_have_the_keys_that_results_are_read_by():
     assert platform["instruction_set"] == cpu.build_info().get("instruction_set")
 
 
+@pytest.mark.slow
 def test_versions_do_not_import_triton():
     code = "import sys; from deeprelax_cuda import machine; machine.versions(); print('triton' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

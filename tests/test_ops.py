@@ -161,6 +161,7 @@ def compiled():
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["", "requires_grad"])
+@pytest.mark.slow
 def test_compiled_in_place_and_not_again_for_each_step(compiled, grad):
     def two_steps(y, g, x, m, p, w, step):
         functional.langevin_step_(y, g, x, m, seed=2**64 - 1, step=step, **LANGEVIN)

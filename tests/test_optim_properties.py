@@ -44,6 +44,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.skipif(len(backends.available("cpu")) < 2, reason="there is one backend only")
 @every(120)
 @given(histories())
+@pytest.mark.slow
 def test_backends_agree(history: History) -> None:
     play_alike(*(Player(history, backend=name) for name in backends.available("cpu")))
 
@@ -239,6 +240,7 @@ def out_of_memory(array: np.ndarray, p: Tensor) -> Tensor:
 
 @every(120)
 @given(histories())
+@pytest.mark.slow
 def test_step_is_the_method_of_each_parameter(history: History) -> None:
     play_alike(ByHand(history), Player(history))
 
@@ -276,6 +278,7 @@ class Looking(Player):
 
 @every(50)
 @given(histories())
+@pytest.mark.slow
 def test_looking_changes_nothing(history: History) -> None:
     play_alike(Player(history), Looking(history, trips=1))
 

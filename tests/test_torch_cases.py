@@ -344,6 +344,7 @@ def implementation_run(case: Case, dtype: torch.dtype, **flags: bool) -> list[An
 
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
 @over_methods
+@pytest.mark.slow
 def test_foreach_and_fused_match_the_default(info: OptimizerInfo, dtype: torch.dtype) -> None:
     for one in inputs_of(info, dtype):
         case = Case(info, one.kwargs)

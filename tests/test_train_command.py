@@ -234,6 +234,7 @@ for package in ("matplotlib", "tqdm", "sklearn"):
 
 
 @pytest.mark.parametrize("command", ["train", "report"])
+@pytest.mark.slow
 def test_help_needs_none_of_the_optional_packages(command: str) -> None:
     done = python(f"""
 import sys
@@ -245,6 +246,7 @@ main([{command!r}, "--help"])
     assert "--levels" in done.stdout
 
 
+@pytest.mark.slow
 def test_import_brings_in_nothing_of_the_command_line() -> None:
     done = python("""
 import sys, deeprelax_cuda
@@ -254,6 +256,7 @@ print([name for name in sys.modules if name.startswith(absent)])
     assert done.stdout == "[]\n"
 
 
+@pytest.mark.slow
 def test_python_m_is_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "deeprelax_cuda", "--version"], capture_output=True, text=True, check=False)
     assert done.stdout == f"deeprelax_cuda {dr.__version__}\n"

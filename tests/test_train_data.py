@@ -92,6 +92,7 @@ def test_digits_are_split_by_class_always_the_same_way() -> None:
 # MNIST: what is read.
 
 
+@pytest.mark.slow
 def test_mnist_is_normalised_and_in_the_order_of_its_files(whole_mnist: Path) -> None:
     data = mnist(whole_mnist)
     for inputs, targets, count in (
