@@ -22,9 +22,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NUMPY = {torch.float32: np.float32, torch.float64: np.float64, torch.bfloat16: np.uint16, torch.float16: np.float16}
 
 # Backends and, for the C++ one, its instruction sets: whatever this machine can run.
-CPU_SETS = [name for name in ("avx512", "avx2", "portable") if cpu.build_info() and cpu._native.use_instruction_set(name)]
-if CPU_SETS:
-    cpu._native.use_instruction_set(CPU_SETS[0])
+CPU_SETS = cpu.instruction_sets()
 BACKENDS = ["eager", *(f"cpu-{name}" for name in CPU_SETS)]
 
 #: The roles of `Tensors` in the names of the oracle; "average" is m or p.

@@ -156,7 +156,7 @@ def test_a_run_that_diverges_is_reported_as_such(tmp_path: Path, capsys: pytest.
         (["--eval-every", "0"], "--eval-every: expected a number above 0, got 0"),
         (["--levels", "5", "inf"], "--levels: expected a finite number, got inf"),
         (["--set", "sgd.maximize={1}"], "sgd: "),
-        (["--checkpoint-every", "inf"], "--checkpoint-every: expected a number above 0, got inf"),
+        (["--checkpoint-every", "inf"], "--checkpoint-every: expected a finite number, got inf"),
         (["--seeds", "-1"], "--seeds: expected a whole number in [0, 2**64), got -1"),
         (["--seeds", "1", "1"], "--seeds: expected each only once, got 1 1"),
         (["--method", "sgd", "sgd"], "--method: expected each only once, got sgd sgd"),

@@ -254,47 +254,39 @@ def _distinct(option: str, values: list[T]) -> tuple[T, ...]:
     return tuple(values)
 
 
-def _count(text: str) -> int:
-    """Read a whole number from 1 to a million."""
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 1_000_000:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 1000000, got {text}")
+def _whole(text: str, most: int) -> int:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {most}, got {text}")
     return int(text)
+
+
+def _count(text: str) -> int:
+    """Read a number of things; a million bounds what is held in memory for each."""
+    return _whole(text, 1_000_000)
 
 
 def _threads(text: str) -> int:
     """Read a number of threads that torch survives."""
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 1024:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 1024, got {text}")
-    return int(text)
+    return _whole(text, 1024)
 
 
 def _number(text: str) -> float:
     """Read a number, inf included."""
     with contextlib.suppress(ValueError):
-        if (value := float(text)) == value:
+        if not math.isnan(value := float(text)):
             return value
     raise argparse.ArgumentTypeError(f"expected a number, got {text}")
 
 
-def _positive(text: str) -> float:
-    """Read a finite number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+def _finite(text: str) -> float:
+    if math.isinf(value := _number(text)):
+        raise argparse.ArgumentTypeError(f"expected a finite number, got {text}")
     return value
 
 
-def _finite(text: str) -> float:
-    """Read a finite number."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"expected a finite number, got {text}")
+def _positive(text: str) -> float:
+    if (value := _finite(text)) <= 0.0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
     return value
 
 
