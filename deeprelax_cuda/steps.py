@@ -10,12 +10,15 @@ import functools
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from deeprelax_cuda.noise import Place
+
+if TYPE_CHECKING:
+    from deeprelax_cuda.clock import Clock
 
 Family = Literal["langevin", "gradient_average"]
 Rounding = Literal["nearest", "stochastic"]
@@ -186,10 +189,12 @@ class Plan(Protocol):
         inv_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
         addresses: bytes | None = None,
+        clock: Clock | None = None,
     ) -> None:
         """Take the step in place, or nothing at all where ``found_inf`` holds a number other than 0.
 
         ``grads`` are ``g`` of the formula, in the parameters' type and layout; empty where ``scalars.inner`` is off.
         ``inv_scale`` and ``found_inf`` are one-element tensors on the parameters' device, of the compute type and of float32.
         ``addresses`` are those of the gradients as the bytes of an ``array("Q")``, from a caller who has them at hand.
+        With a ``clock`` some of the scalars are worked out where the tensors lie, and the clock counts the step.
         """

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from deeprelax_cuda import backends
 from deeprelax_cuda.backends import eager
+from deeprelax_cuda.clock import Rule, power
 from deeprelax_cuda.optim import EntropySGD
-from deeprelax_cuda.optim.scoping import power, reverse_time, shrink
 
 L = 4
 OPTIONS: dict[str, Any] = {
@@ -169,11 +169,15 @@ def test_power_squares_from_the_lowest_bit(n: int) -> None:
 
 
 def test_schedules_have_floors() -> None:
-    assert shrink(8.0, 1.0, 0.0, 2) == 2.0
-    assert shrink(8.0, 1.0, 3.0, 2) == 3.0
-    assert shrink(8.0, 1.0, 0.5, 10**9) == 0.5, "an overflowing power leaves the floor"
-    assert reverse_time(10.0, 0.5, 3, 4, 0.25) == 7.0
-    assert reverse_time(10.0, 0.5, 30, 4, 0.25) == 0.5
+    def shrink(floor: float, n: int) -> float:
+        return Rule(4, initial_gamma=8.0, scoping=1.0, gamma_min=floor, gamma_total=0.0, inner_lr=0.25).gamma(n, 8.0)
+
+    assert shrink(0.0, 2) == 2.0
+    assert shrink(3.0, 2) == 3.0
+    assert shrink(0.5, 10**9) == 0.5, "an overflowing power leaves the floor"
+    reverse_time = Rule(4, initial_gamma=8.0, scoping=1.0, gamma_min=0.5, gamma_total=10.0, inner_lr=0.25)
+    assert reverse_time.gamma(3, 8.0) == 7.0
+    assert reverse_time.gamma(30, 8.0) == 0.5
 
 
 def gammas(outer_steps: int, **options: Any) -> list[float]:

@@ -16,6 +16,8 @@ struct Scalars {
   bool inner, outer, scaled, maximize, nesterov, coupling_in_momentum, nesterov_o;
   T inv_scale, eta, k, s, a, c, wd, mu, damp1, lr, mu_o, wd_o, kr;
 
+  Scalars() = default;
+  // All but inv_scale, which lies where the tensors lie: a kernel reads it.
   DR_FN explicit Scalars(const Step& h)
       : family(h.family),
         inner(h.inner),
@@ -25,7 +27,7 @@ struct Scalars {
         nesterov(h.nesterov),
         coupling_in_momentum(h.coupling_in_momentum),
         nesterov_o(h.nesterov_o),
-        inv_scale(h.inv_scale ? *static_cast<const T*>(h.inv_scale) : T(1)),
+        inv_scale(T(1)),
         eta(T(h.eta)),
         k(T(h.k)),
         s(T(h.s)),

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <iterator>
 
+#include "../core/clock.h"
 #include "../table.h"
 #include "kernels.h"
 
@@ -54,14 +55,27 @@ void share_out(int shares, const Work& work) {
   for (int share = 0; share < shares; ++share) work(share);
 }
 
+template <class T>
+void take(Dtype dtype, const Tensor* tensors, int64_t count, const Step& step, int threads, const void* const* grads,
+          const Clock* clock) {
+  const Numbers<T> now = clock ? advance<T>(*clock, step) : Numbers<T>{Scalars<T>(step), step.step};
+  if (!now.scalars.inner && !now.scalars.outer) return;
+  const auto kernel = chosen().load()->step[static_cast<int>(dtype)];
+  const Work work{tensors, grads, count, total_cost(tensors, count), step, &now};
+  const int shares = shares_of(work.cost, threads);
+  share_out(shares, [&](int share) { kernel(work, share, shares); });
+}
+
 }  // namespace
 
-void step(Dtype dtype, const Tensor* tensors, int64_t count, const Step& step, int threads, const void* const* grads) {
+void step(Dtype dtype, const Tensor* tensors, int64_t count, const Step& step, int threads, const void* const* grads,
+          const Clock* clock) {
   if (step.found_inf && *step.found_inf != 0.0f) return;
-  const auto kernel = chosen().load()->step[static_cast<int>(dtype)];
-  const Work work{tensors, grads, count, total_cost(tensors, count)};
-  const int shares = shares_of(work.cost, threads);
-  share_out(shares, [&](int share) { kernel(work, step, share, shares); });
+  if (dtype == Dtype::float64) {
+    take<double>(dtype, tensors, count, step, threads, grads, clock);
+  } else {
+    take<float>(dtype, tensors, count, step, threads, grads, clock);
+  }
 }
 
 void gaussian(float* out, int64_t numel, uint64_t seed, uint32_t step, uint32_t stream, int64_t offset, int threads) {

@@ -11,9 +11,9 @@
 
 #include <type_traits>
 
+#include "../core/clock.h"
 #include "../core/gaussian.h"
 #include "../core/rounding.h"
-#include "../core/update.h"
 #include "../table.h"
 #include "kernels.h"
 
@@ -262,10 +262,13 @@ void take_range(const Scalars<typename ComputeType<Stored>::type>& h, const Nois
 }
 
 template <class Stored>
-void take_share(const Work& work, const Step& step, int share, int shares) {
-  const Scalars<typename ComputeType<Stored>::type> h(step);
-  const bool stochastic = std::is_same_v<Stored, BFloat16> && step.rounding == Rounding::stochastic;
-  Noise noise{Key(step.seed), step.step, 0, h.noisy(), stochastic};
+void take_share(const Work& work, int share, int shares) {
+  using T = typename ComputeType<Stored>::type;
+  const Numbers<T>& now = *static_cast<const Numbers<T>*>(work.numbers);
+  Scalars<T> h = now.scalars;
+  if (work.step.inv_scale) h.inv_scale = *static_cast<const T*>(work.step.inv_scale);
+  const bool stochastic = std::is_same_v<Stored, BFloat16> && work.step.rounding == Rounding::stochastic;
+  Noise noise{Key(work.step.seed), now.step, 0, h.noisy(), stochastic};
   auto gradient = [&](int64_t t) { return work.grads ? work.grads[t] : work.tensors[t].g; };
   visit_share(work.tensors, work.count, work.cost, share, shares, [&](int64_t t, int64_t begin, int64_t end) {
     // The heads of tensors to come: small tensors lie all over memory, where no hardware expects them.

@@ -4,8 +4,10 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <optional>
 #include <stdexcept>
 #include <string_view>
+#include <tuple>
 #include <vector>
 
 #include "deeprelax/deeprelax.h"
@@ -30,6 +32,29 @@ Step step_of(const py::object& scalars) {
   const bool stochastic = scalars.attr("rounding").cast<std::string_view>() == "stochastic";
   step.rounding = stochastic ? Rounding::stochastic : Rounding::nearest;
   return step;
+}
+
+// A clock whose counters and values lie at the given addresses; rule: (inner_steps, initial_gamma, scoping, gamma_min,
+// gamma_total, inner_lr).
+Clock clock_of(const std::array<uintptr_t, 7>& addresses, bool lr_is_float, bool counts,
+               const std::tuple<int64_t, double, double, double, double, double>& rule) {
+  auto at = [&](int i) { return reinterpret_cast<void*>(addresses[i]); };
+  const auto [inner_steps, initial_gamma, scoping, gamma_min, gamma_total, inner_lr] = rule;
+  return {static_cast<int64_t*>(at(0)),
+          static_cast<int64_t*>(at(1)),
+          static_cast<int64_t*>(at(2)),
+          static_cast<double*>(at(3)),
+          at(4),
+          static_cast<int64_t*>(at(5)),
+          at(6),
+          lr_is_float,
+          counts,
+          inner_steps,
+          initial_gamma,
+          scoping,
+          gamma_min,
+          gamma_total,
+          inner_lr};
 }
 
 // The tensors of a plan, without the gradients, whose addresses come with each step.
@@ -57,20 +82,45 @@ class Table {
   }
 
   // grads: their addresses, as the bytes of an array of uintptr_t; scalars: a Scalars of steps.py.
-  void run(const py::bytes& grads, const py::object& scalars, uintptr_t inv_scale, uintptr_t found_inf, int threads) const {
+  void run_cpu(const py::bytes& grads, const py::object& scalars, uintptr_t inv_scale, uintptr_t found_inf, const Clock* clock,
+               int threads) const {
+    const Step step = call(grads, scalars, inv_scale, found_inf);
+    const auto* addresses = addresses_of(grads, step);
+    py::gil_scoped_release release;
+    cpu::step(dtype_, tensors_.data(), static_cast<int64_t>(tensors_.size()), step, threads, addresses, clock);
+  }
+
+#if defined(DEEPRELAX_CUDA)
+  // stream: a cudaStream_t of the device.
+  void run_cuda(const py::bytes& grads, const py::object& scalars, uintptr_t inv_scale, uintptr_t found_inf, const Clock* clock,
+                int device, uintptr_t stream) {
+    if (!plan_) plan_.emplace(dtype_, tensors_.data(), static_cast<int64_t>(tensors_.size()));
+    const Step step = call(grads, scalars, inv_scale, found_inf);
+    const auto* addresses = addresses_of(grads, step);
+    py::gil_scoped_release release;
+    plan_->step(step, device, reinterpret_cast<void*>(stream), addresses, clock);
+  }
+#endif
+
+ private:
+  Step call(const py::bytes& grads, const py::object& scalars, uintptr_t inv_scale, uintptr_t found_inf) const {
     Step step = step_of(scalars);
     if (static_cast<size_t>(PyBytes_GET_SIZE(grads.ptr())) != (step.inner ? tensors_.size() * sizeof(uintptr_t) : 0))
       throw std::invalid_argument("grads: one address per tensor of an inner step");
     step.inv_scale = reinterpret_cast<const void*>(inv_scale);
     step.found_inf = reinterpret_cast<const float*>(found_inf);
-    const auto* addresses = step.inner ? reinterpret_cast<const void* const*>(PyBytes_AS_STRING(grads.ptr())) : nullptr;
-    py::gil_scoped_release release;
-    cpu::step(dtype_, tensors_.data(), static_cast<int64_t>(tensors_.size()), step, threads, addresses);
+    return step;
   }
 
- private:
+  static const void* const* addresses_of(const py::bytes& grads, const Step& step) {
+    return step.inner ? reinterpret_cast<const void* const*>(PyBytes_AS_STRING(grads.ptr())) : nullptr;
+  }
+
   Dtype dtype_;
   std::vector<Tensor> tensors_;
+#if defined(DEEPRELAX_CUDA)
+  std::optional<cuda::Plan> plan_;
+#endif
 };
 
 py::dict build_info() {
@@ -96,7 +146,11 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init<Dtype, const std::vector<int64_t>&, const std::vector<uint32_t>&,
                     const std::vector<std::array<int64_t, 3>>&, const Addresses&, const Addresses&, const Addresses&,
                     const Addresses&, const Addresses&, const Addresses&, const Addresses&>())
-      .def("run", &Table::run);
+#if defined(DEEPRELAX_CUDA)
+      .def("run_cuda", &Table::run_cuda)
+#endif
+      .def("run_cpu", &Table::run_cpu);
+  py::class_<Clock>(m, "Clock").def(py::init(&clock_of));
   py::class_<Watch>(m, "Watch")
       .def(py::init<const py::object&, uintptr_t, int64_t, const py::list&, const py::dict&, const py::list&>())
       .def("look", &Watch::look);
@@ -105,6 +159,15 @@ PYBIND11_MODULE(_native, m) {
           py::gil_scoped_release release;
           cpu::gaussian(reinterpret_cast<float*>(out), numel, seed, step, stream, offset, threads);
         });
+#if defined(DEEPRELAX_CUDA)
+  m.def("cuda_gaussian", [](uintptr_t out, int64_t numel, uint64_t seed, uint32_t step, uint32_t stream, int64_t offset,
+                            int device, uintptr_t cuda_stream) {
+    py::gil_scoped_release release;
+    cuda::gaussian(reinterpret_cast<float*>(out), numel, seed, step, stream, offset, device,
+                   reinterpret_cast<void*>(cuda_stream));
+  });
+  m.def("cuda_unavailable", &cuda::unavailable, py::call_guard<py::gil_scoped_release>());
+#endif
   m.def("instruction_set", &cpu::instruction_set);
   m.def("use_instruction_set", &cpu::use_instruction_set);
   m.def("build_info", &build_info);

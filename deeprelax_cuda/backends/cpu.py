@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deeprelax_cuda.backends import tables
+from deeprelax_cuda.clock import Clock
 from deeprelax_cuda.native import missing
 from deeprelax_cuda.native import module as _native
 from deeprelax_cuda.steps import STORED, Scalars, Tensors
@@ -35,25 +36,7 @@ class CpuPlan:
     """A native table of the addresses of a call's tensors."""
 
     def __init__(self, tensors: Tensors) -> None:
-        # The table holds addresses only; whoever made the plan keeps the tensors.
-        def addresses(role: list[Tensor]) -> list[int]:
-            return [t.data_ptr() for t in role]
-
-        self._table: Any = None
-        if tensors.params:
-            self._table = _native.Table(
-                getattr(_native.Dtype, str(tensors.params[0].dtype).removeprefix("torch.")),
-                [p.numel() for p in tensors.params],
-                tensors.numbers,
-                tensors.places,
-                addresses(tensors.params),
-                addresses(tensors.anchors),
-                addresses(tensors.averages),
-                addresses(tensors.momenta),
-                addresses(tensors.masters),
-                addresses(tensors.outer_momenta),
-                addresses(tensors.consensus),
-            )
+        self._table = tables.make_table(tensors)
 
     def run(
         self,
@@ -62,15 +45,17 @@ class CpuPlan:
         inv_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
         addresses: bytes | None = None,
+        clock: Clock | None = None,
     ) -> None:
         """Take the step; see `deeprelax_cuda.steps.Plan`."""
         if self._table is None:
             return
-        self._table.run(
-            array("Q", map(Tensor.data_ptr, grads)).tobytes() if addresses is None else addresses,
+        self._table.run_cpu(
+            tables.gradient_addresses(grads) if addresses is None else addresses,
             scalars,
-            0 if inv_scale is None else inv_scale.data_ptr(),
-            0 if found_inf is None else found_inf.data_ptr(),
+            tables.address(inv_scale),
+            tables.address(found_inf),
+            tables.native_clock(clock),
             torch.get_num_threads(),
         )
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from deeprelax_cuda.backends.eager_noise import normals, rounding_bits
+from deeprelax_cuda.clock import Clock
 from deeprelax_cuda.noise import DOMAIN_NOISE, DOMAIN_ROUNDING, STREAMS_PER_DOMAIN, Place
 from deeprelax_cuda.steps import NARROW, ROLES, STORED, Scalars, Tensors, compute_type
 
@@ -88,12 +89,20 @@ class EagerPlan:
         inv_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
         addresses: bytes | None = None,
+        clock: Clock | None = None,
     ) -> None:
         """Take the step in place, or nothing at all where ``found_inf`` holds a number other than 0.
 
-        ``found_inf`` is never read by the host: the step is taken on copies, and the device chooses what to write.
+        ``found_inf`` is never read by the host: the step is taken on copies, and the device chooses what to write. A clock is:
+        so a step with a clock waits for the device, and cannot be captured.
         """
+        if clock is not None:
+            if found_inf is not None and bool(found_inf != 0.0):
+                return
+            scalars = clock.advance(scalars, self._dtype)
         sc = scalars
+        if not (sc.inner or sc.outer):
+            return
         noisy = sc.s != 0.0 and (sc.inner or sc.family == "gradient_average")
         stochastic = sc.rounding == "stochastic" and self._dtype == torch.bfloat16
         if inv_scale is not None:

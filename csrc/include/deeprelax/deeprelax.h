@@ -5,6 +5,8 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
+#include <string>
 
 namespace deeprelax {
 
@@ -51,11 +53,33 @@ struct Step {
   const float* found_inf = nullptr;  // where it holds a number other than 0 (NaN counts), the call writes nothing
 };
 
+// Counters and values in the memory of the device that takes the steps, so that a captured graph goes on counting (with
+// deeprelax_cuda: capturable=True). A call with a clock takes `outer`, `k`, `lr` and the noise's `step` from it in place of
+// Step's, and `a` too where there are period_steps: the call is the next inner step of its period, and ends it when it is the
+// last. The pointers are to the device's memory, the rest are plain numbers.
+struct Clock {
+  int64_t* step;          // inner steps taken
+  int64_t* position;      // of them in this period
+  int64_t* outer_steps;   // periods
+  double* gamma;          // 1/k
+  const void* lr;         // a double, or a float where lr_is_float
+  int64_t* period_steps;  // steps in the period's plain mean, a = 1/period_steps; null for a constant a
+  void* numbers;          // kClockNumbers bytes at an address that 16 divides, for the numbers of the call
+  bool lr_is_float;
+  bool counts;  // whether this call moves the counters on; of several that share them it is the last
+  int64_t inner_steps;
+  double initial_gamma, scoping, gamma_min;
+  double gamma_total;  // 0: gamma follows `scoping`
+  double inner_lr;     // the initial one, by which time runs with gamma_total
+};
+constexpr int64_t kClockNumbers = 256;
+
 namespace cpu {
 
 // Takes the step on `count` tensors with at most `threads` threads. `grads`, where it is given, holds their gradients in place
 // of Tensor::g, so that a table can be kept from call to call.
-void step(Dtype dtype, const Tensor* tensors, int64_t count, const Step& step, int threads, const void* const* grads = nullptr);
+void step(Dtype dtype, const Tensor* tensors, int64_t count, const Step& step, int threads, const void* const* grads = nullptr,
+          const Clock* clock = nullptr);
 
 // Writes the normals of elements offset .. offset + numel of a stream (the whole counter word) to `out`.
 void gaussian(float* out, int64_t numel, uint64_t seed, uint32_t step, uint32_t stream, int64_t offset, int threads);
@@ -67,4 +91,36 @@ const char* instruction_set();
 bool use_instruction_set(const char* name);
 
 }  // namespace cpu
+
+// The CUDA backend, in builds that have it. Nothing here synchronises with the device or allocates on it. What goes wrong in
+// the CUDA runtime is thrown as std::runtime_error.
+namespace cuda {
+
+// The launches of a call on tensors that stay where they are: one for each 288 of them.
+class Plan {
+ public:
+  Plan(Dtype dtype, const Tensor* tensors, int64_t count);
+  Plan(Plan&&) noexcept;
+  ~Plan();
+
+  // Enqueues the step on a stream (a cudaStream_t) of a device. `grads`, where it is given, holds the gradients' addresses in
+  // place of Tensor::g. Not for several threads at a time.
+  void step(const Step& step, int device, void* stream, const void* const* grads = nullptr, const Clock* clock = nullptr);
+
+ private:
+  struct Launches;
+  std::unique_ptr<Launches> launches_;
+};
+
+// Enqueues the writing of the normals of elements offset .. offset + numel of a stream (the whole counter word) to `out`.
+void gaussian(float* out, int64_t numel, uint64_t seed, uint32_t step, uint32_t stream, int64_t offset, int device,
+              void* cuda_stream);
+
+// Why the kernels cannot run on a device, in words; empty where they can.
+std::string unavailable(int device);
+
+// In place of a device: everything is done but the launch, to time the host's part of a step.
+constexpr int kNoDevice = -1;
+
+}  // namespace cuda
 }  // namespace deeprelax

@@ -1,0 +1,5 @@
+#include "kernels.cuh"
+
+namespace deeprelax::cuda {
+template const Kernels& device_kernels<BFloat16>();
+}
