@@ -3,22 +3,29 @@
 The tensors are so small that nearly all of a step is finding them and checking them. Gradients are either the same tensors at
 each step, or new ones, as ``zero_grad(set_to_none=True)`` leaves them. In the third part there are as few tensors as in a small
 network, and matrix products between the steps empty the caches of all that a step needs, as the passes of a network do.
+
+The last part is the host's time of the CUDA backend up to its launches, which need no GPU so far, beside that of a plan that
+does nothing: what is left then is the validation that every backend's step begins with.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.optim import Optimizer
 
 import deeprelax_cuda as dr
-from deeprelax_cuda import machine
-from deeprelax_cuda.backends import cpu
+from deeprelax_cuda import backends, machine, native
+from deeprelax_cuda.backends import cpu, cuda
+from deeprelax_cuda.steps import Plan, Tensors
 
 OURS, THEIRS = "EntropySGD", "SGD, fused"
 #: Tensors of the network whose step is measured with cold caches, and the side of the square matrices that cool them.
@@ -58,6 +65,40 @@ def measure(count: int, numel: int, rounds: int, *, new_grads: bool, cold: bool 
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
+class NoWork:
+    """A plan that does nothing, so that a step is its validation."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        pass
+
+    def run(self, *args: object, **kwargs: object) -> None:
+        """Do nothing."""
+
+
+def measure_plans(count: int, numel: int, rounds: int) -> dict[str, float]:
+    """Return the median seconds of a step with each plan; the gradients are the same tensors at each step."""
+    plans: dict[str, Callable[[Tensors], Plan]] = {"no work": NoWork, "CPU": cpu.make_plan}
+    if hasattr(native.module, "cuda_unavailable"):
+        plans["CUDA, not launched"] = cuda.make_plan
+    steppers: dict[str, Callable[[], object]] = {}
+    for name, make in plans.items():
+        for capturable in (False, True):
+            params = [torch.nn.Parameter(torch.ones(numel)) for _ in range(count)]
+            for p in params:
+                p.grad = torch.full_like(p, 1e-3)
+            optimizer = dr.EntropySGD(params, temperature=1e-8, seed=0, capturable=capturable)
+            with mock.patch.object(backends, "make_plan", lambda _, tensors, make=make: make(tensors)):
+                optimizer.step()  # makes state and plan
+            steppers[f"{name}{', capturable' if capturable else ''}"] = optimizer.step
+    seconds: dict[str, list[float]] = {name: [] for name in steppers}
+    for round_ in range(rounds):
+        for name, step in random.Random(round_).sample(list(steppers.items()), len(steppers)):
+            start = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
 def main() -> None:
     """Measure, print the table and the ratios, keep them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -77,6 +118,10 @@ def main() -> None:
     for kind, medians in rows.items():
         for name, median in medians.items():
             print(f"{kind:20} {name:20} {1e3 * median:7.2f} ms {median / medians[THEIRS]:6.2f} of {THEIRS}")
+    plans = measure_plans(count, numel, rounds)
+    for name, median in plans.items():
+        above = 1e6 * (median - plans["no work"])
+        print(f"{'plans':20} {name:30} {1e6 * median:7.1f} us, {above:6.1f} us above the validation of a step")
     if options.out:
         settings = {name: getattr(options, name) for name in ("count", "numel", "rounds", "threads")}
         result = {
@@ -85,6 +130,7 @@ def main() -> None:
             "build": cpu.build_info(),
             "settings": settings,
             "median_s": rows,
+            "plans_median_s": plans,
         }
         options.out.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -120,7 +120,7 @@ def _native() -> Findings:
         ("compiler", info["compiler"]),
         ("flags", info["flags"]),
         ("OpenMP", "yes" if info["openmp"] else "no: one thread"),
-        ("nvcc", info["nvcc"] or "none: built without CUDA code"),
+        ("nvcc", f"{info['nvcc']} for {info['cuda_architectures']}" if info["nvcc"] else "none: built without CUDA code"),
         ("instruction sets", ", ".join(f"{name} (in use)" if name == used else name for name in usable)),
     ]
     return Findings({**info, "instruction_sets": usable, "missing": None}, rows)
@@ -219,6 +219,8 @@ def _backends() -> Findings:
             except Exception as error:
                 reasons[name] = _words(error)
                 problems.append(f"backends: {name} cannot be asked about {device} tensors: {reasons[name]}")
+        if (reason := reasons.get("cuda")) and device == "cuda" and torch.version.cuda and cpu.build_info().get("nvcc"):
+            problems.append(f"backends: this build has CUDA kernels, but cannot use them: {reason}")
         chosen = None
         try:
             chosen = backends.select(device, torch.float32).name

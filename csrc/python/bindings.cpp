@@ -129,6 +129,7 @@ py::dict build_info() {
   info["compiler"] = DEEPRELAX_COMPILER;
   info["flags"] = DEEPRELAX_FLAGS;
   info["nvcc"] = DEEPRELAX_NVCC;
+  info["cuda_architectures"] = DEEPRELAX_ARCHITECTURES;
   info["openmp"] = bool(DEEPRELAX_OPENMP);
   return info;
 }

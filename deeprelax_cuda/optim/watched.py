@@ -15,6 +15,10 @@ Step = TypeVar("Step", bound=Callable[..., Any])
 _GLOBAL_HOOKS = [getattr(optimizer, f"_global_optimizer_{when}_hooks", None) for when in ("pre", "post")]
 
 
+#: Torch's own decorator of that kind does not import the compiler before it is needed.
+_DISABLE = getattr(torch, "_disable_dynamo", torch.compiler.disable)
+
+
 def watched(step: Step) -> Step:
     """Return the method ``step`` of an optimizer in torch's wrapper, which is passed by while nobody watches.
 
@@ -22,9 +26,12 @@ def watched(step: Step) -> Step:
     nothing of Python in the caches, opening and closing the profiler's range alone costs 0.15 ms. Watching are hooks, torch's
     profilers and `emit_nvtx`; an `ExecutionTraceObserver` without a profiler does not see the step.
 
+    No compiler looks into the step: it would break the graph anyway, and sets capturable in every optimizer that it looks into.
+
     A subclass's own ``step`` is wrapped by torch, so that the hooks are called there and not once more in here. One that a
     program has put in the place of the class's is not: ``functools.wraps`` copies the ``hooked`` by which torch would know.
     """
+    step = _DISABLE(step)
     in_torchs_wrapper = Optimizer.profile_hook_step(step)
     torchs_code = in_torchs_wrapper.__code__
 
