@@ -80,16 +80,18 @@ def measure_plans(count: int, numel: int, rounds: int) -> dict[str, float]:
     plans: dict[str, Callable[[Tensors], Plan]] = {"no work": NoWork, "CPU": cpu.make_plan}
     if hasattr(native.module, "cuda_unavailable"):
         plans["CUDA, not launched"] = cuda.make_plan
+    kinds = [(name, capturable) for name in plans for capturable in (False, True)]
+    # One parameter of each in turn, so that all lie in memory alike.
+    rows = [[torch.nn.Parameter(torch.ones(numel)) for _ in kinds] for _ in range(count)]
     steppers: dict[str, Callable[[], object]] = {}
-    for name, make in plans.items():
-        for capturable in (False, True):
-            params = [torch.nn.Parameter(torch.ones(numel)) for _ in range(count)]
-            for p in params:
-                p.grad = torch.full_like(p, 1e-3)
-            optimizer = dr.EntropySGD(params, temperature=1e-8, seed=0, capturable=capturable)
-            with mock.patch.object(backends, "make_plan", lambda _, tensors, make=make: make(tensors)):
-                optimizer.step()  # makes state and plan
-            steppers[f"{name}{', capturable' if capturable else ''}"] = optimizer.step
+    for (name, capturable), params in zip(kinds, zip(*rows, strict=True), strict=True):
+        for p in params:
+            p.grad = torch.full_like(p, 1e-3)
+        optimizer = dr.EntropySGD(params, temperature=1e-8, seed=0, capturable=capturable)
+        make = plans[name]
+        with mock.patch.object(backends, "make_plan", lambda _, tensors, make=make: make(tensors)):
+            optimizer.step()  # makes state and plan
+        steppers[f"{name}{', capturable' if capturable else ''}"] = optimizer.step
     seconds: dict[str, list[float]] = {name: [] for name in steppers}
     for round_ in range(rounds):
         for name, step in random.Random(round_).sample(list(steppers.items()), len(steppers)):
