@@ -5,9 +5,9 @@
 # a C++ compiler makes the fast backend (without one the package runs on eager torch).
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := $(shell find csrc deeprelax_cuda bench -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.json') \
+SOURCES := $(shell find csrc deeprelax_cuda bench -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.json') \
 	CMakeLists.txt setup.py pyproject.toml
-NATIVE := $(shell find csrc tests/cpp examples -name "*.h" -o -name "*.cpp" -o -name "*.cu")
+NATIVE := $(shell find csrc tests/cpp examples -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
 .PHONY: demo test test-quick test-cpp bench lint format clean
 
@@ -22,7 +22,7 @@ test-quick: .venv/installed
 	$(BIN)/pytest -m "not slow"
 
 test-cpp: .venv/environment
-	$(BIN)/cmake -S . -B build/cpp -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
+	$(BIN)/cmake -S . -B build/cpp -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DDEEPRELAX_BUILD_CUDA=0
 	$(BIN)/cmake --build build/cpp
 	$(BIN)/ctest --test-dir build/cpp --output-on-failure
 

@@ -137,11 +137,14 @@ def test_pip_install_in_an_environment_without_torch(sources, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_cmake_package_serves_another_program(sources, tmp_path):
+@pytest.mark.parametrize(
+    "cuda", ["0", pytest.param("1", marks=pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc"))]
+)
+def test_the_cmake_package_serves_another_program(cuda, sources, tmp_path):
     build, prefix, example = tmp_path / "build", tmp_path / "prefix", tmp_path / "example"
     tools = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     steps = [
-        ("cmake", "-S", sources, "-B", build, "-G", "Ninja", "-DDEEPRELAX_BUILD_CUDA=0", "-DDEEPRELAX_BUILD_TESTS=OFF"),
+        ("cmake", "-S", sources, "-B", build, "-G", "Ninja", f"-DDEEPRELAX_BUILD_CUDA={cuda}", "-DDEEPRELAX_BUILD_TESTS=OFF"),
         ("cmake", "--build", build),
         ("cmake", "--install", build, "--prefix", prefix, "--component", "cpp"),
         ("cmake", "-S", ROOT / "examples/cpp", "-B", example, "-G", "Ninja", f"-DCMAKE_PREFIX_PATH={prefix}"),
