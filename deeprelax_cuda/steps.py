@@ -10,7 +10,7 @@ import functools
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -179,6 +179,9 @@ def may_write(*, outer: bool) -> frozenset[str]:
 
 class Plan(Protocol):
     """A backend's hold on the tensors of a call: made once, run every step while the tensors stay where they are."""
+
+    #: Whether a step with a clock can go into a CUDA graph; otherwise the host reads the clock.
+    CAPTURABLE: ClassVar[bool]
 
     def __init__(self, tensors: Tensors) -> None: ...
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import deeprelax_cuda as dr
+from deeprelax_cuda.backends import cpu
 from deeprelax_cuda.clock import NUMBERS
 
 L = 4
@@ -316,11 +317,24 @@ def test_a_first_step_and_counters_of_the_host_are_not_captured(
     assert all(map(torch.equal, params, weights()))
 
 
-def test_a_number_in_the_place_of_a_tensor_is_not_captured(captured_step: Callable[[dr.EntropySGD], None]) -> None:
+def test_a_backend_that_reads_the_clock_is_not_captured(captured_step: Callable[[dr.EntropySGD], None]) -> None:
+    params = weights()
+    optimizer = make(True, params, backend="eager")
+    run(optimizer, params, range(1))
+    after = [p.detach().clone() for p in params]
+    with pytest.raises(RuntimeError, match=r"^backend: .*got eager for float32 parameters"):
+        captured_step(optimizer)
+    assert all(map(torch.equal, params, after))
+
+
+def test_a_number_in_the_place_of_a_tensor_is_not_captured(
+    captured_step: Callable[[dr.EntropySGD], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     params = weights()
     optimizer = make(True, params)
     run(optimizer, params, range(1))
     after = [p.detach().clone() for p in params]
+    monkeypatch.setattr(cpu.CpuPlan, "CAPTURABLE", True)
     optimizer.param_groups[0]["lr"] = 0.5
     with pytest.raises(RuntimeError, match=r"^lr: "):
         captured_step(optimizer)

@@ -35,6 +35,8 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 class CpuPlan:
     """A native table of the addresses of a call's tensors."""
 
+    CAPTURABLE = False
+
     def __init__(self, tensors: Tensors) -> None:
         self._table = tables.make_table(tensors)
 

@@ -45,6 +45,8 @@ def _no_kernels(index: int) -> str | None:
 class CudaPlan:
     """The native launches for a call's tensors: their arguments are ready but for gradients and scalars."""
 
+    CAPTURABLE = True
+
     def __init__(self, tensors: Tensors) -> None:
         self._table = tables.make_table(tensors)
         device = tensors.params[0].device if tensors.params else torch.device("cpu")

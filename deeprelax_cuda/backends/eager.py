@@ -67,6 +67,8 @@ class _Roles(NamedTuple):
 class EagerPlan:
     """The eager backend's hold on the tensors of a call; see `deeprelax_cuda.steps.Plan`."""
 
+    CAPTURABLE = False
+
     @torch.no_grad()
     def __init__(self, tensors: Tensors) -> None:
         params, count = tensors.params, len(tensors.params)

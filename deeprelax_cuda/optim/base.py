@@ -177,12 +177,18 @@ class RelaxationOptimizer(TwoWeights):
         for i, group in enumerate(others, 1):
             self._check_shared(first, group, i)
         clocked = first["capturable"]
-        self._check_capture(clocked)
+        capturing = is_capturing(self.param_groups)
+        if capturing and not clocked:
+            raise RuntimeError("capturable: expected True where step() is captured in a CUDA graph, got False")
+        if capturing and not self._has_stepped:
+            raise RuntimeError("capturable: take a step before the one that is captured; it makes the state and the launches")
         # With clocks the device knows whether it is the last step of a period, and each step has the launches of a last one.
         outer = clocked or first["position"] + 1 >= first["inner_steps"]
         launches = self._launches.prepare(self.param_groups, self.state, outer, self._needs, self._labels)
         if not any(launch.call.bucket.inner for launch in launches):
             return False
+        if capturing and not all(launch.call.plan.CAPTURABLE for launch in launches):
+            raise RuntimeError(f"backend: expected one whose steps can be captured in a CUDA graph, got {self.explain()}")
         scalars = [self._scalars(launch.call, outer) for launch in launches]
         for group in self.param_groups if outer else ():
             check_gamma_rule(group)
@@ -314,15 +320,6 @@ class RelaxationOptimizer(TwoWeights):
     def _is_untouched(self) -> bool:
         """Whether there is no state yet and every lr is 0: only then a step may be a phantom."""
         return not any(self.state.values()) and all(float(group["lr"]) == 0.0 for group in self.param_groups)
-
-    def _check_capture(self, clocked: bool) -> None:
-        """Refuse to be captured where a replay would not do what it should."""
-        if not is_capturing(self.param_groups):
-            return
-        if not clocked:
-            raise RuntimeError("capturable: expected True where step() is captured in a CUDA graph, got False")
-        if not self._has_stepped:
-            raise RuntimeError("capturable: take a step before the one that is captured; it makes the state and the launches")
 
     def _make_clocks(self, launches: list[Launch]) -> list[Clock]:
         """Return the clock of each launch; a group without any counts by itself."""
