@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 from unittest import mock
 
 import torch
@@ -67,6 +68,8 @@ def measure(count: int, numel: int, rounds: int, *, new_grads: bool, cold: bool 
 
 class NoWork:
     """A plan that does nothing, so that a step is its validation."""
+
+    CAPTURABLE: ClassVar[bool] = False
 
     def __init__(self, tensors: Tensors) -> None:
         pass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 class CpuPlan:
     """A native table of the addresses of a call's tensors."""
 
-    CAPTURABLE = False
+    CAPTURABLE: ClassVar[bool] = False
 
     def __init__(self, tensors: Tensors) -> None:
         self._table = tables.make_table(tensors)

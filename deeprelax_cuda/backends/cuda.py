@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def _no_kernels(index: int) -> str | None:
 class CudaPlan:
     """The native launches for a call's tensors: their arguments are ready but for gradients and scalars."""
 
-    CAPTURABLE = True
+    CAPTURABLE: ClassVar[bool] = True
 
     def __init__(self, tensors: Tensors) -> None:
         self._table = tables.make_table(tensors)

@@ -9,7 +9,7 @@ denormals.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ class _Roles(NamedTuple):
 class EagerPlan:
     """The eager backend's hold on the tensors of a call; see `deeprelax_cuda.steps.Plan`."""
 
-    CAPTURABLE = False
+    CAPTURABLE: ClassVar[bool] = False
 
     @torch.no_grad()
     def __init__(self, tensors: Tensors) -> None:
