@@ -56,9 +56,9 @@ class Clock:
     A step with a clock takes ``outer``, ``k``, ``lr`` and ``step`` of its `Scalars` from it, with ``period_steps`` ``a`` too.
 
     ``step`` (inner steps taken), ``position`` (of them in this period), ``outer_steps`` and ``period_steps`` (steps in the
-    plain mean of this period, None for another average) are int64, ``gamma`` is float64, ``lr`` float64 or float32. ``numbers`` is
-    scratch memory of `NUMBERS` bytes that a captured graph may hold on to. ``counts``: whether the call moves the counters on;
-    of the calls that share them it is the last.
+    plain mean of this period, None for another average) are int64, ``gamma`` is float64, ``lr`` float64 or float32.
+    ``numbers`` is scratch memory of `NUMBERS` bytes that a captured graph may hold on to. ``counts``: whether the call moves
+    the counters on; of the calls that share them it is the last.
     """
 
     step: Tensor

@@ -382,7 +382,7 @@ def test_fused_refuses_eager_at_the_step(make: Callable[..., EntropySGD], monkey
         ("backend", "nosuch"),
         ("rounding", "up"),
         ("differentiable", True),
-        ("capturable", True),
+        ("capturable", "yes"),
         *[("closure_mode", v) for v in ("twice", None)],
         ("foreach", "yes"),
     ],

@@ -8,10 +8,11 @@ Left out of torch's cases:
 * several GPUs, moving between CPU and CUDA, mixed devices, peak memory, "the default is foreach": they need a GPU,
 * tensors of 2^32 elements: 72 GB,
 * complex parameters and sparse gradients: both are refused, and that is what is tested,
-* differentiable and capturable steps: refused,
+* differentiable steps: refused,
+* capturable steps: test_capturable, and tests/gpu where there is a graph to capture,
 * ``optimizer.grad_scale`` and ``found_inf``: they belong to fused AMP, which this version does not offer; see the GradScaler
   in test_training_loops,
-* a number where a tensor "step" is expected: the counters are numbers of the param group,
+* a number where a tensor "step" is expected: the counters belong to the param group,
 * what is there for LBFGS alone, and the compiled optimizers,
 * schedulers and `AveragedModel`: test_training_loops.
 """
@@ -110,7 +111,7 @@ def entropy_sgd_errors(device: str, dtype: torch.dtype) -> list[ErrorOptimizerIn
         refused("unknown averaging", '^averaging: expected one of .*"mean"|^averaging: expected one of', averaging="mean"),
         refused("foreach and fused", "^foreach, fused: expected at most one", foreach=True, fused=True),
         refused("differentiable", "^differentiable: expected False", differentiable=True),
-        refused("capturable", "^capturable: ", capturable=True),
+        refused("capturable", "^capturable: ", capturable="yes"),
         refused("unknown option", "nosuch", TypeError, nosuch=1),
         refused_step(
             "complex",

@@ -6,6 +6,7 @@ A method adds its defaults, its checks, and how the options of a group become th
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from abc import abstractmethod
 from collections.abc import Callable
@@ -13,9 +14,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from deeprelax_cuda.clock import Clock
 from deeprelax_cuda.noise import check_seed, check_step
+from deeprelax_cuda.optim.clocks import Clocks, in_numbers, is_capturing
 from deeprelax_cuda.optim.describe import Notes, Seen, describe, gamma_notes, outer_notes
 from deeprelax_cuda.optim.launches import Call, Launch, Launches, Needs
 from deeprelax_cuda.optim.options import check_gamma_rule, check_loop_options, resolve_seed, select_backend, warn_user
@@ -71,6 +75,8 @@ class RelaxationOptimizer(TwoWeights):
     def _forget(self) -> None:
         """Set what is neither saved nor copied, and what nothing but speed and the number of warnings depends on."""
         self._launches = Launches()
+        self._clocks = Clocks()
+        self._has_stepped = False  # as far as is known without asking a device
         self._warned_eval = self._warned_diverging = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -88,7 +94,7 @@ class RelaxationOptimizer(TwoWeights):
         self._check_shared(shared, group, len(self.param_groups))
         param_group.update(
             shared,
-            **{name: first[name] if first else 0 for name in COUNTERS},
+            **{name: int(first[name]) if first else 0 for name in COUNTERS},
             train_mode=first["train_mode"] if first else True,
             contract_version=CONTRACT_VERSION,
             initial_gamma=float(group["gamma"]),
@@ -96,6 +102,31 @@ class RelaxationOptimizer(TwoWeights):
         )
         param_group["gamma"] = gamma_of({**group, **param_group})
         super().add_param_group(param_group)
+        if group["capturable"]:
+            self._clocks.settle(self.param_groups)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as every `torch.optim.Optimizer` does; counters, gamma and lr are plain numbers in any case."""
+
+        def in_plain_numbers(_: Optimizer, state_dict: dict[str, Any]) -> None:
+            if self.param_groups[0]["capturable"]:
+                state_dict["param_groups"] = [in_numbers(group) for group in state_dict["param_groups"]]
+                state_dict["state"] = {
+                    key: {**own, "period_steps": int(own["period_steps"])} if "period_steps" in own else own
+                    for key, own in state_dict["state"].items()
+                }
+
+        handle = self.register_state_dict_post_hook(in_plain_numbers, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned; see `TwoWeights.load_state_dict`."""
+        super().load_state_dict(state_dict)
+        if self.param_groups[0]["capturable"]:
+            self._clocks.settle(self.param_groups)
 
     @watched
     @torch.no_grad()
@@ -145,13 +176,18 @@ class RelaxationOptimizer(TwoWeights):
         first, *others = self.param_groups
         for i, group in enumerate(others, 1):
             self._check_shared(first, group, i)
-        outer = first["position"] + 1 >= first["inner_steps"]
+        clocked = first["capturable"]
+        self._check_capture(clocked)
+        # With clocks the device knows whether it is the last step of a period, and each step has the launches of a last one.
+        outer = clocked or first["position"] + 1 >= first["inner_steps"]
         launches = self._launches.prepare(self.param_groups, self.state, outer, self._needs, self._labels)
         if not any(launch.call.bucket.inner for launch in launches):
             return False
         scalars = [self._scalars(launch.call, outer) for launch in launches]
         for group in self.param_groups if outer else ():
             check_gamma_rule(group)
+        if clocked:
+            self._clocks.settle(self.param_groups)
         phantom = self._is_phantom(launches)
         if from_eval and not phantom:
             self._warn_eval()
@@ -160,12 +196,18 @@ class RelaxationOptimizer(TwoWeights):
         self._launches.commit(self.param_groups, self.state)
         if phantom:
             return False
-        if first["step"] == 0:  # weights may have been loaded since a phantom step made the state
-            self.reset_anchors_()
-        for launch, numbers in zip(launches, scalars, strict=True):
-            launch.call.plan.run(launch.grads, numbers, addresses=launch.addresses)
+        if not self._has_stepped:
+            if first["step"] == 0:  # weights may have been loaded since a phantom step made the state
+                self.reset_anchors_()
+            self._has_stepped = True
+        clocks = self._make_clocks(launches) if clocked else [None] * len(launches)
+        for launch, numbers, clock in zip(launches, scalars, clocks, strict=True):
+            launch.call.plan.run(launch.grads, numbers, addresses=launch.addresses, clock=clock)
             torch.autograd.graph.increment_version(launch.call.bucket.params)
-        self._count(launches, outer)
+        if clocked:
+            self._start_period_on_device()
+        else:
+            self._count(launches, outer)
         return True
 
     @property
@@ -177,7 +219,11 @@ class RelaxationOptimizer(TwoWeights):
     def stats(self) -> dict[str, int]:
         """Return the inner steps taken, of them in the present period, and the outer steps taken."""
         first = self.param_groups[0]
-        return {"steps": first["step"], "period_steps": first["position"], "outer_steps": first["outer_steps"]}
+        return {
+            "steps": int(first["step"]),
+            "period_steps": int(first["position"]),
+            "outer_steps": int(first["outer_steps"]),
+        }
 
     def explain(self) -> str:
         """Return which backend serves the parameters of each device and type, and why, one line each."""
@@ -269,8 +315,36 @@ class RelaxationOptimizer(TwoWeights):
         """Whether there is no state yet and every lr is 0: only then a step may be a phantom."""
         return not any(self.state.values()) and all(float(group["lr"]) == 0.0 for group in self.param_groups)
 
+    def _check_capture(self, clocked: bool) -> None:
+        """Refuse to be captured where a replay would not do what it should."""
+        if not is_capturing(self.param_groups):
+            return
+        if not clocked:
+            raise RuntimeError("capturable: expected True where step() is captured in a CUDA graph, got False")
+        if not self._has_stepped:
+            raise RuntimeError("capturable: take a step before the one that is captured; it makes the state and the launches")
+
+    def _make_clocks(self, launches: list[Launch]) -> list[Clock]:
+        """Return the clock of each launch; a group without any counts by itself."""
+        clocks, last = [], {launch.call.bucket.group: i for i, launch in enumerate(launches)}
+        for i, launch in enumerate(launches):
+            index, count = launch.call.bucket.group, launch.call.period_steps
+            shared = count if isinstance(count, Tensor) else None
+            clocks.append(self._clocks.clock(self.param_groups, index, i, shared, counts=last[index] == i))
+        for index, group in enumerate(self.param_groups):
+            if index not in last and group["params"]:
+                name = select_backend(group, group["params"][0].device, torch.float32).name
+                self._clocks.count_alone(self.param_groups, index, name)
+        return clocks
+
+    def _start_period_on_device(self) -> None:
+        """Do to the state what the first step of a period needs, where the device is at one; most methods need nothing."""
+
     def _scalars(self, call: Call, outer: bool) -> Scalars:
-        group, dtype = self.param_groups[call.bucket.group], call.bucket.dtype
+        """Return the numbers of a call; with a clock those that it brings itself are left open."""
+        group, dtype, clocked = self.param_groups[call.bucket.group], call.bucket.dtype, self.param_groups[0]["capturable"]
+        if clocked:
+            group = {**group, "step": 0, "lr": 0.0, "gamma": math.inf}
         mu_o = round_scalar("momentum", group["momentum"], dtype)
         return Scalars(
             inner=call.bucket.inner,
@@ -284,7 +358,7 @@ class RelaxationOptimizer(TwoWeights):
             seed=check_seed(group["seed"]),
             step=check_step(group["step"]),
             rounding=check_rounding(group["rounding"], dtype, "master" in call.needs.roles),
-            **self._inner_scalars(group, dtype, call.count),
+            **self._inner_scalars(group, dtype, 1 if clocked else call.count),
         )
 
     def _count(self, launches: list[Launch], outer: bool) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from deeprelax_cuda.optim.clocks import in_numbers
 from deeprelax_cuda.optim.constants import Momentum, half_life, momentum_gain, steps_until_below
 from deeprelax_cuda.optim.scoping import gamma_of
 from deeprelax_cuda.steps import compute_type
@@ -170,7 +171,7 @@ def outer_notes(group: dict[str, Any], smallest_lr: float) -> Notes:
 
 def _run(optimizer: RelaxationOptimizer) -> Notes:
     """Say where the run is, and who serves it."""
-    notes, first = Notes(), optimizer.param_groups[0]
+    notes, first = Notes(), in_numbers(optimizer.param_groups[0])
     position, length, done = first["position"], first["inner_steps"], first["outer_steps"]
     words = f"inner steps of this period taken, {first['step']:,} in all; {count(done, 'outer step')} done"
     notes.line("run", f"{position} of {length}", words)
@@ -210,7 +211,7 @@ def _cost(optimizer: RelaxationOptimizer, group: dict[str, Any], roles_of: dict[
 def _alike(optimizer: RelaxationOptimizer) -> list[tuple[list[int], dict[str, Any]]]:
     """Return the groups, those of equal numbers as one that holds the parameters of all, with the numbers of the groups."""
     found: dict[Any, tuple[list[int], dict[str, Any]]] = {}
-    for i, group in enumerate(optimizer.param_groups):
+    for i, group in enumerate(map(in_numbers, optimizer.param_groups)):
         names = [name for name in group if name in optimizer.defaults or name in ("initial_gamma", "initial_inner_lr")]
         plain = {name: float(group[name]) if isinstance(group[name], Tensor) else group[name] for name in names}
         numbers, merged = found.setdefault(tuple(sorted(plain.items())), ([], {**group, **plain, "params": []}))

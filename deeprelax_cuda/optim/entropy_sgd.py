@@ -65,7 +65,11 @@ class EntropySGD(RelaxationOptimizer):
         closure_mode: "once": one call of `step` is one inner step, and a closure is evaluated once. "inner_loop": one call of
             ``step(closure)`` takes all inner steps of a period, and evaluates the closure before each, which should then take
             another minibatch each time.
-        capturable: must be False in this version.
+        capturable: keep the counters, gamma and lr of every group as tensors on the device (float64; an lr that is a float32
+            tensor there already is kept), so that `step` can be captured in a CUDA graph after one step outside of it: replays
+            count on, end periods and follow what a scheduler writes into lr, bit for bit like steps without a graph. A
+            `state_dict` has plain numbers. What is read off them, such as `at_outer_boundary`, waits for the device. With
+            reset_inner_momentum each step passes over the momentum once more. Warnings about gamma are left to `describe`.
         foreach: True asks for the eager backend.
         fused: True refuses the eager backend.
         differentiable: must be False.
@@ -306,6 +310,14 @@ class EntropySGD(RelaxationOptimizer):
                     f"gamma={group['gamma']:.3g} in group {i}: so stiff a coupling makes the inner steps diverge from now on; "
                     "set gamma_min, describe() says to what"
                 )
+
+    def _start_period_on_device(self) -> None:
+        if self.param_groups[0]["reset_inner_momentum"]:
+            for group in self.param_groups:
+                starts = group["position"] == 0
+                for p in group["params"]:
+                    if "momentum" in (state := self.state.get(p, {})):
+                        state["momentum"].masked_fill_(starts, 0.0)
 
     def _start_period(self) -> None:
         super()._start_period()

@@ -13,6 +13,7 @@ from deeprelax_cuda import backends
 from deeprelax_cuda.checks import check_disjoint, check_grads, check_tensors
 from deeprelax_cuda.noise import Place
 from deeprelax_cuda.optim.buckets import Bucket, split
+from deeprelax_cuda.optim.clocks import share_count
 from deeprelax_cuda.optim.options import select_backend
 from deeprelax_cuda.optim.weights import complete_state
 from deeprelax_cuda.steps import ROLES, Plan, Tensors
@@ -49,9 +50,14 @@ class Call:
     states: list[State]
 
     @property
+    def period_steps(self) -> int | Tensor | None:
+        """The steps in the plain mean of this period, a tensor with ``capturable``; None where nobody counts them."""
+        return self.states[0].get("period_steps")
+
+    @property
     def count(self) -> int:
         """The number of the coming step in the average of its period, 1 where nobody counts."""
-        return 1 + int(self.states[0].get("period_steps", 0))
+        return 1 + int(self.period_steps or 0)
 
 
 class Launch(NamedTuple):
@@ -161,7 +167,7 @@ def _make_calls(
         grads_here = [p.grad for p in params]
         inner = [g is not None for g in grads_here]
         plays = [a or bool(own) for a, own in zip(inner, states, strict=True)] if outer else inner
-        counts = [own.get("period_steps", 0) for own in states]
+        counts = [int(own.get("period_steps", 0)) for own in states]
         for bucket in split(number, len(grads), params, inner, plays, counts):
             own = [states[i - len(grads)] for i in bucket.numbers]
             calls.append(_make_call(bucket, group, needs(group, bucket.dtype), own, [names[i] for i in bucket.numbers]))
@@ -178,6 +184,8 @@ def _make_call(bucket: Bucket, group: Group, needs: Needs, states: list[State], 
         if p.is_meta:
             raise ValueError(f"{name}: expected a tensor with memory, got one on meta")
     states = [complete_state(own, p, needs.roles) for own, p in zip(states, bucket.params, strict=True)]
+    if group["capturable"] and "period_steps" in needs.roles:
+        states = share_count(states, bucket.params[0].device)
     lists: dict[str, Any] = {FIELDS[role]: [own[role] for own in states] for role in needs.roles if role in FIELDS}
     tensors = Tensors(
         params=bucket.params,

@@ -66,8 +66,9 @@ def check_loop_options(group: dict[str, Any]) -> None:
     if group["master_weights"] and group["rounding"] == "stochastic":
         raise ValueError('master_weights: master weights and rounding="stochastic" exclude each other')
     check_choice("closure_mode", group["closure_mode"], ("once", "inner_loop"))
-    if group["capturable"] is not False:
-        raise ValueError(f"capturable: {group['capturable']!r} is not available in this version, only False")
+    check_choice("capturable", group["capturable"], (False, True))
+    if group["capturable"] and group["closure_mode"] == "inner_loop":
+        raise ValueError('closure_mode: "inner_loop" goes by the host\'s count of steps; with capturable=True expected "once"')
     if group["differentiable"]:
         raise ValueError("differentiable: expected False, as the step is fused and in place")
     check_backend(group)

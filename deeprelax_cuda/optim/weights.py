@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from deeprelax_cuda.optim.clocks import set_number
 from deeprelax_cuda.steps import compute_type
 
 #: Version of the numeric contract that a state follows; another version's state would go on with other bits.
@@ -28,7 +29,7 @@ class TwoWeights(Optimizer):
     * "anchor" ``x``, "average" ``m``, "momentum" ``v``, "outer_momentum" ``w``, and "master", the float32 ``y`` of a narrow
       parameter; each only where the options ask for it,
     * "live": in eval mode, the exact copy of ``y`` in the parameter's own type,
-    * "period_steps": an int, where a plain mean needs to know its length.
+    * "period_steps": an int, where a plain mean needs to know its length; with capturable a tensor that parameters share.
     """
 
     # The states of the parameters are replaced, not changed, where they gain or lose a tensor: a `state_dict` shares them.
@@ -180,10 +181,10 @@ class TwoWeights(Optimizer):
 
     def _start_period(self) -> None:
         for group in self.param_groups:
-            group["position"] = 0
+            set_number(group, "position", 0)
         for _, state in self._stepped():
             if "period_steps" in state:
-                state["period_steps"] = 0
+                set_number(state, "period_steps", 0)
 
     def _restart_average(self, state: dict[str, Any]) -> None:
         """Begin a period's average: at the anchor, where the period begins."""

@@ -1,0 +1,333 @@
+"""``capturable=True`` without a graph: the same bits with counters, gamma and lr on the device, of which a step reads none.
+
+What a graph adds to that is tested where there is a GPU (tests/gpu).
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import deeprelax_cuda as dr
+from deeprelax_cuda.clock import NUMBERS
+
+L = 4
+ON_DEVICE = {"step": torch.int64, "position": torch.int64, "outer_steps": torch.int64, "gamma": torch.float64}
+
+#: Options under which the device works out every kind of number.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "noise": {"temperature": 1e-3, "gamma": 2.0},
+    "scoping": {"gamma": 3.0, "scoping": 0.3, "gamma_min": 1.0},
+    "time reversal": {"gamma_total": 2.0, "gamma_min": 0.5},
+    "linear": {"averaging": "linear", "temperature": 1e-4},
+    "last": {"averaging": "last"},
+    "no momentum": {"momentum": 0.0, "inner_momentum": 0.0, "gamma": 5.0},
+    "reset": {"reset_inner_momentum": True, "gamma": 5.0},
+    "decay": {"weight_decay": 0.01, "outer_weight_decay": 0.02, "maximize": True, "lr": 0.5},
+    "no coupling": {"gamma": float("inf"), "scoping": 0.1},
+    "one step a period": {"inner_steps": 1},
+}
+
+
+class NoReading(TorchDispatchMode):
+    """Fails where a number is read off a tensor: a captured step must not ask the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a number was read off a tensor"
+        return func(*args, **(kwargs or {}))
+
+
+def weights(seed: int = 0, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in ((5, 3), (7,), (), (0,), (130,))]
+
+
+def give_grads(params: list[nn.Parameter], step: int) -> None:
+    generator = torch.Generator().manual_seed(1000 + step)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+
+
+def run(optimizer: dr.EntropySGD, params: list[nn.Parameter], steps: range) -> None:
+    for step in steps:
+        give_grads(params, step)
+        optimizer.step()
+
+
+def make(capturable: bool, params: Any, **options: Any) -> dr.EntropySGD:
+    return dr.EntropySGD(params, **{"inner_steps": L, "seed": 3, "capturable": capturable, **options})
+
+
+def assert_same(a: dr.EntropySGD, b: dr.EntropySGD) -> None:
+    """Every parameter, every tensor of its state and every counter."""
+    ours, theirs = a.state_dict(), b.state_dict()
+    for group, other in zip(a.param_groups, b.param_groups, strict=True):
+        for p, q in zip(group["params"], other["params"], strict=True):
+            assert torch.equal(p, q)
+    assert ours["state"].keys() == theirs["state"].keys()
+    for key, own in ours["state"].items():
+        assert own.keys() == theirs["state"][key].keys()
+        for name, value in own.items():
+            other_value = theirs["state"][key][name]
+            assert torch.equal(value, other_value) if isinstance(value, Tensor) else value == other_value, (key, name)
+    for group, other in zip(ours["param_groups"], theirs["param_groups"], strict=True):
+        assert {**group, "capturable": None} == {**other, "capturable": None}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_the_same_bits_as_with_numbers_of_the_host(options: dict[str, Any], backend: str) -> None:
+    here, there = weights(), weights()
+    plain, clocked = make(False, here, backend=backend, **options), make(True, there, backend=backend, **options)
+    for step in range(3 * L + 2):
+        run(plain, here, range(step, step + 1))
+        run(clocked, there, range(step, step + 1))
+        assert_same(plain, clocked)
+    assert plain.stats() == clocked.stats()
+    assert not torch.equal(here[0], weights()[0])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float64, {}),
+        (torch.bfloat16, {}),
+        (torch.bfloat16, {"rounding": "stochastic"}),
+        (torch.bfloat16, {"master_weights": True}),
+        (torch.float16, {"averaging": "linear"}),
+    ],
+)
+def test_in_every_type(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    here, there = weights(dtype=dtype), weights(dtype=dtype)
+    plain, clocked = make(False, here, temperature=1e-3, **options), make(True, there, temperature=1e-3, **options)
+    run(plain, here, range(2 * L + 1))
+    run(clocked, there, range(2 * L + 1))
+    assert_same(plain, clocked)
+
+
+@pytest.mark.parametrize("averaging", [0.75, "linear"])
+def test_groups_types_and_parameters_that_come_late(averaging: Any) -> None:
+    def twin(capturable: bool) -> tuple[dr.EntropySGD, list[nn.Parameter]]:
+        params = [*weights(1), *weights(2, torch.bfloat16), *weights(3, torch.float64)]
+        frozen = nn.Parameter(torch.ones(3))
+        groups = [{"params": params[:7], "lr": 0.3}, {"params": [frozen]}, {"params": params[7:], "gamma": 2.0, "scoping": 0.2}]
+        return make(capturable, groups, averaging=averaging), params
+
+    (plain, here), (clocked, there) = twin(False), twin(True)
+    for optimizer, params in ((plain, here), (clocked, there)):
+        for step in range(3 * L):
+            give_grads(params, step)
+            if step < L + 2:  # in the middle of a period: its average begins anew
+                params[0].grad = params[8].grad = None
+            elif step == 2 * L + 1:  # and one that rests: the outer step is for it too
+                params[4].grad = None
+            optimizer.step()
+    assert_same(plain, clocked)
+
+
+def test_a_step_reads_nothing_off_the_device() -> None:
+    params = weights()
+    optimizer = make(True, [{"params": params[:2]}, {"params": params[2:]}], averaging="linear", reset_inner_momentum=True)
+    run(optimizer, params, range(1))
+    for step in range(1, 2 * L + 1):
+        give_grads(params, step)
+        with NoReading():
+            optimizer.step()
+    assert optimizer.stats() == {"steps": 2 * L + 1, "period_steps": 1, "outer_steps": 2}
+
+
+def test_values_lie_on_the_device_and_stay_where_they_are() -> None:
+    params = weights()
+    optimizer = make(True, params, lr=0.25)
+    group = optimizer.param_groups[0]
+    assert {name: group[name].dtype for name in ON_DEVICE} == ON_DEVICE
+    assert group["lr"].dtype == torch.float64
+    assert group["lr"] == 0.25
+    before = {name: group[name].data_ptr() for name in (*ON_DEVICE, "lr")}
+    run(optimizer, params, range(L))
+    assert optimizer.at_outer_boundary
+    group["lr"], group["gamma"] = 0.5, 7.0
+    run(optimizer, params, range(L, L + 1))
+    assert {name: group[name].data_ptr() for name in (*ON_DEVICE, "lr")} == before
+    assert (group["lr"], group["gamma"]) == (0.5, 7.0)
+    assert not optimizer.at_outer_boundary
+
+
+def test_values_set_by_hand_and_by_schedulers_count() -> None:
+    def train(capturable: bool) -> dr.EntropySGD:
+        params = weights()
+        optimizer = make(capturable, params, scoping=0.0, gamma=5.0)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        for step in range(3 * L):
+            run(optimizer, params, range(step, step + 1))
+            scheduler.step()
+            if step == L + 1:
+                optimizer.param_groups[0]["gamma"] = 2.0
+            if step == L + 2:
+                optimizer.param_groups[0]["inner_lr"] = 0.05
+        return optimizer
+
+    plain, clocked = train(False), train(True)
+    assert isinstance(clocked.param_groups[0]["lr"], Tensor)
+    for optimizer in (plain, clocked):
+        for group in optimizer.param_groups:
+            group["initial_lr"] = None  # a tensor in the one, a number in the other
+    assert_same(plain, clocked)
+
+
+def test_a_tensor_lr_of_the_user_is_used_as_it_is() -> None:
+    params, lr = weights(), torch.tensor(0.3)
+    optimizer = make(True, params, lr=lr)
+    lr = optimizer.param_groups[0]["lr"]
+    assert lr.dtype == torch.float32
+    run(optimizer, params, range(L + 1))
+    lr.fill_(0.7)
+    run(optimizer, params, range(L + 1, 2 * L))
+    twin = weights()
+    plain = make(False, twin, lr=torch.tensor(0.3))
+    run(plain, twin, range(L + 1))
+    plain.param_groups[0]["lr"].fill_(0.7)
+    run(plain, twin, range(L + 1, 2 * L))
+    assert all(map(torch.equal, params, twin))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_groups_that_start_from_one_lr_tensor_go_their_own_ways(groups: int) -> None:
+    lr = torch.tensor(0.3, dtype=torch.float64)
+    optimizer = make(True, [{"params": [p], "lr": lr} for p in weights()[:groups]])
+    own = [group["lr"] for group in optimizer.param_groups]
+    own[0].fill_(0.5)
+    assert [float(t) for t in own] == [0.5, 0.3][:groups]
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("at", [1, L, L + 2])
+def test_a_state_goes_over_in_the_middle_of_a_period(saved: bool, loaded: bool, at: int) -> None:
+    params = weights()
+    first = make(saved, params, averaging="linear")
+    run(first, params, range(at))
+    state = pickle.loads(pickle.dumps(first.state_dict()))
+    assert not any(isinstance(value, Tensor) for group in state["param_groups"] for value in group.values())
+    assert all(isinstance(own["period_steps"], int) for own in state["state"].values())
+    twin = [nn.Parameter(p.detach().clone()) for p in params]
+    second = make(loaded, twin, averaging="linear")
+    for group in state["param_groups"]:
+        group["capturable"] = loaded
+    second.load_state_dict(state)
+    assert isinstance(second.param_groups[0]["step"], Tensor) == loaded
+    run(first, params, range(at, 2 * L + 1))
+    run(second, twin, range(at, 2 * L + 1))
+    assert_same(first, second)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_copies_go_on_by_themselves(copied: Callable[[Any], Any]) -> None:
+    params = weights()
+    optimizer = make(True, params, averaging="linear")
+    run(optimizer, params, range(L + 1))
+    twin, twins = copied((optimizer, params))
+    run(twin, twins, range(L + 1, 2 * L + 1))
+    assert optimizer.stats()["steps"] == L + 1
+    run(optimizer, params, range(L + 1, 2 * L + 1))
+    assert_same(optimizer, twin)
+
+
+def test_saving_leaves_the_optimizer_as_it_is() -> None:
+    params = weights()
+    optimizer = make(True, params, averaging="linear")
+    run(optimizer, params, range(1))
+    held = {name: optimizer.param_groups[0][name] for name in (*ON_DEVICE, "lr")}
+    count = optimizer.state[params[0]]["period_steps"]
+    optimizer.state_dict()
+    assert all(optimizer.param_groups[0][name] is t for name, t in held.items())
+    assert optimizer.state[params[0]]["period_steps"] is count
+
+
+def test_the_rest_of_the_interface() -> None:
+    here, there = weights(), weights()
+    plain, clocked = make(False, here, averaging="linear"), make(True, there, averaging="linear")
+    for optimizer, params in ((plain, here), (clocked, there)):
+        run(optimizer, params, range(L + 1))
+        optimizer.eval()
+        optimizer.train()
+        optimizer.consolidate_()
+        run(optimizer, params, range(L + 1, L + 3))
+        optimizer.reset_anchors_()
+        run(optimizer, params, range(L + 3, 2 * L + 4))
+    assert plain.describe() == clocked.describe()
+    assert plain.explain() == clocked.explain()
+    assert_same(plain, clocked)
+
+
+def test_a_group_that_is_added_counts_on() -> None:
+    def train(capturable: bool) -> dr.EntropySGD:
+        params, late = weights(), weights(5)
+        optimizer = make(capturable, params)
+        run(optimizer, params, range(L + 2))
+        optimizer.add_param_group({"params": late, "lr": 0.7})
+        for step in range(L + 2, 2 * L + 1):
+            give_grads([*params, *late], step)
+            optimizer.step()
+        return optimizer
+
+    assert_same(train(False), train(True))
+
+
+def test_another_option_that_needs_the_host_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^closure_mode: "):
+        make(True, weights(), closure_mode="inner_loop")
+
+
+@pytest.fixture
+def captured_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[dr.EntropySGD], None]:
+    """Take a step of an optimizer that believes that a graph is being captured."""
+
+    def step(optimizer: dr.EntropySGD) -> None:
+        with monkeypatch.context() as patch:
+            for module in ("clocks", "base"):
+                patch.setattr(f"deeprelax_cuda.optim.{module}.is_capturing", lambda groups: True)
+            optimizer.step()
+
+    return step
+
+
+@pytest.mark.parametrize(
+    ("capturable", "message"), [(False, r"^capturable: expected True"), (True, r"^capturable: take a step before")]
+)
+def test_a_first_step_and_counters_of_the_host_are_not_captured(
+    capturable: bool, message: str, captured_step: Callable[[dr.EntropySGD], None]
+) -> None:
+    params = weights()
+    give_grads(params, 0)
+    optimizer = make(capturable, params)
+    with pytest.raises(RuntimeError, match=message):
+        captured_step(optimizer)
+    assert not optimizer.state
+    assert all(map(torch.equal, params, weights()))
+
+
+def test_a_number_in_the_place_of_a_tensor_is_not_captured(captured_step: Callable[[dr.EntropySGD], None]) -> None:
+    params = weights()
+    optimizer = make(True, params)
+    run(optimizer, params, range(1))
+    after = [p.detach().clone() for p in params]
+    optimizer.param_groups[0]["lr"] = 0.5
+    with pytest.raises(RuntimeError, match=r"^lr: "):
+        captured_step(optimizer)
+    assert all(map(torch.equal, params, after))
+    assert optimizer.stats()["steps"] == 1
+
+
+def test_the_scratch_memory_is_as_large_as_the_native_code_takes_it_to_be() -> None:
+    header = Path(__file__).parents[1] / "csrc/include/deeprelax/deeprelax.h"
+    assert f"kClockNumbers = {NUMBERS};" in header.read_text()
