@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -177,16 +177,18 @@ def run(
     inputs: Sequence[dict[str, np.ndarray]],
     numbers: Sequence[int],
     places: Sequence[Place],
+    offset: Callable[[int, int, str], int] = lambda i, j, key: (5 * i + 3 * j) % 13,
     device: torch.device = CPU,
 ) -> tuple[list[dict[str, Tensor]], list[Guarded]]:
     """Take one step of one backend on all inputs; return the tensors by the oracle's names, and their guarded buffers.
 
-    On another device than the CPU no kernels are started but the backend's.
+    ``offset`` gives the place in its buffer of role number ``j``, by the oracle's name ``key``, of input ``i``. On another
+    device than the CPU no kernels are started but the backend's.
     """
     average = "m" if case.scalars.get("family", "langevin") == "langevin" else "p"
     names = {"average": average}
     guards = [
-        {key: Guarded(to_torch(a), (5 * i + 3 * j) % 13, device) for j, (key, a) in enumerate(arrays.items())}
+        {key: Guarded(to_torch(a), offset(i, j, key), device) for j, (key, a) in enumerate(arrays.items())}
         for i, arrays in enumerate(inputs)
     ]
     lists = {
