@@ -130,7 +130,7 @@ def test_replays_are_the_steps_of_the_cpu() -> None:
     [
         lambda optimizer: lrs.StepLR(optimizer, step_size=2, gamma=0.5),
         lambda optimizer: lrs.LambdaLR(optimizer, lambda epoch: 2.0**-epoch),
-        lambda optimizer: lrs.MultiStepLR(optimizer, milestones=[1, 3], gamma=0.25),
+        lambda optimizer: lrs.MultiStepLR(optimizer, milestones=[2, 4], gamma=0.25),
     ],
     ids=["StepLR", "LambdaLR", "MultiStepLR"],
 )

@@ -76,8 +76,8 @@ def test_the_bits_of_the_cpu_given_the_same_gradients(kind: dict[str, Any]) -> N
 def loss_of(model: nn.Module, optimizer: dr.EntropySGD, dtype: torch.dtype = torch.float32) -> float:
     """Return the loss at the anchor, on images that are not trained on."""
     optimizer.eval()
-    model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), dr.recalibrate_batch_norm(model, [batch(step, dtype) for step in range(8)]):
+        model.eval()
         x, y = batch(10_000, dtype)
         loss = nn.functional.cross_entropy(model(x).float(), y).item()
     model.train()
@@ -96,7 +96,6 @@ def test_a_network_learns(dtype: torch.dtype) -> None:
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x).float(), y).backward()
         optimizer.step()
-    dr.recalibrate_batch_norm(model, [batch(step, dtype) for step in range(8)], optimizer)
     assert loss_of(model, optimizer, dtype) < 0.5 * first
 
 
@@ -122,5 +121,4 @@ def test_autocast_with_a_scaler() -> None:
             skipped += 1
             assert all(map(torch.equal, before, model.parameters()))
     assert optimizer.stats()["steps"] <= 40 * L - skipped
-    dr.recalibrate_batch_norm(model, [batch(step) for step in range(8)], optimizer)
     assert loss_of(model, optimizer) < 0.5 * first
