@@ -33,6 +33,7 @@ from deeprelax_cuda.bench.gpu_workloads import (
     OTHERS,
     OURS,
     SGD,
+    Make,
     Workload,
     bytes_per_element,
     contenders,
@@ -117,23 +118,36 @@ def sample(contender: Contender, step: Callable[[], object], flush: Callable[[],
     contender.host_seconds.append(host)
 
 
+def prepare(name: str, make: Make, sets: Sequence[Roles], terms: Terms) -> Contender:
+    """Return a contender that has been checked and warmed up."""
+    contender = Contender(name, [make(roles) for roles in sets])
+    check(contender, sets[0], terms)
+    for step in contender.steps:  # the second set's first step
+        step()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    contender.steps[0]()
+    host = time.perf_counter() - began
+    contender.launches = count_launches(contender.steps[0])
+    contender.head_start = 2 * host + 1e-4 if (contender.launches or 1) <= QUEUE else 0.0
+    return contender
+
+
 def measure(workload: Workload, seconds: float, most: int, flush: Callable[[], object]) -> list[Contender]:
-    """Check all contenders of a workload, then time them in turn for about so many seconds, at least three rounds."""
+    """Check all contenders of a workload, then time them in turn for about so many seconds, at least three rounds.
+
+    A rival that does not run, such as torch.compile without a compiler, is left out with a line that says why.
+    """
     device = torch.device("cuda")
     sets = [make_roles(workload, device, seed) for seed in range(2)]
     measured = []
     for name, make in contenders(workload, device).items():
-        contender = Contender(name, [make(roles) for roles in sets])
-        check(contender, sets[0], workload.terms)
-        for step in contender.steps:  # the second set's first step
-            step()
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        contender.steps[0]()
-        host = time.perf_counter() - began
-        contender.launches = count_launches(contender.steps[0])
-        contender.head_start = 2 * host + 1e-4 if (contender.launches or 1) <= QUEUE else 0.0
-        measured.append(contender)
+        try:
+            measured.append(prepare(name, make, sets, workload.terms))
+        except Exception as error:  # whatever another's code may raise
+            if name in (OURS, OPTIMIZER, COPY):
+                raise
+            print(f"{workload.name}: {name} is left out: {type(error).__name__}: {str(error).splitlines()[:1]}")
     until = time.monotonic() + seconds
     for round_ in range(most):
         if round_ >= 3 and time.monotonic() > until:
