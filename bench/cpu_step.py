@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,30 +21,12 @@ from torch import Tensor
 import deeprelax_cuda as dr
 from deeprelax_cuda import machine
 from deeprelax_cuda.backends import cpu
+from deeprelax_cuda.bench.formulas import ETA, A, K, S, compiled, in_place_eager, naive_eager
+from deeprelax_cuda.bench.timing import rates, summary
 
-ETA, K, S, A = 0.1, 0.01, 1e-3, 0.25
 Step = Callable[[Tensor, Tensor, Tensor, Tensor], object]
 
 FUSED, NOISE_FREE, COPY = "fused cpu", "fused cpu, no noise", "torch.add(a, b, out=c)"
-
-
-def naive_eager(y: Tensor, g: Tensor, x: Tensor, m: Tensor) -> None:
-    """Take the step as one writes it down."""
-    y.copy_(y - ETA * (g + K * (y - x)) + S * torch.randn_like(y))
-    m.copy_(m + A * (y - m))
-
-
-def in_place_eager(y: Tensor, g: Tensor, x: Tensor, m: Tensor) -> None:
-    """Take the step as published code does: one temporary, scaled additions in place."""
-    d = torch.sub(y, x).mul_(K).add_(g)
-    y.add_(d, alpha=-ETA).add_(d.normal_(), alpha=S)
-    m.lerp_(y, A)
-
-
-def compiled(aten_noise: bool) -> Step:
-    """Return the naive step under torch.compile, with Inductor's random numbers or with ATen's."""
-    step: Step = torch.compile(naive_eager, fullgraph=True, options={"fallback_random": aten_noise})
-    return step
 
 
 def fused(backend: str, noise_std: float) -> Step:
@@ -88,15 +69,9 @@ def measure(numel: int, rounds: int) -> dict[str, dict[str, Any]]:
             step(y, g, x, m)
             seconds[name].append(time.perf_counter() - start)
     for name, (first, *times) in seconds.items():
-        median = statistics.median(times)
-        bytes_per_element = 12 if name == COPY else 24
-        rows[name] = {
-            "median_s": median,
-            "quartiles_s": statistics.quantiles(times, n=4),
-            "first_call_s": first,
-            "elements_per_s": numel / median,
-            "bytes_per_s": bytes_per_element * numel / median,
-        }
+        middle = summary(times)
+        speed = rates(numel, 12 if name == COPY else 24, middle["median_s"])
+        rows[name] = {**middle, "first_call_s": first, **speed}
     return rows
 
 

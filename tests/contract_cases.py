@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ from deeprelax_cuda.steps import NARROW, Scalars, Tensors, compute_type, round_s
 
 SIZES = (0, 1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 511, 512, 513, 65535, 65536, 65537)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+CPU = torch.device("cpu")
 NUMPY = {torch.float32: np.float32, torch.float64: np.float64, torch.bfloat16: np.uint16, torch.float16: np.float16}
 
 # Backends and, for the C++ one, its instruction sets: whatever this machine can run.
@@ -142,15 +143,17 @@ class Guarded:
 
     FILL = 42.0
 
-    def __init__(self, values: Tensor, offset: int) -> None:
+    def __init__(self, values: Tensor, offset: int, device: torch.device = CPU) -> None:
         self._offset, self._numel = offset, values.numel()
-        self._buffer = torch.full((offset + values.numel() + 7,), self.FILL, dtype=values.dtype)
+        buffer = torch.full((offset + values.numel() + 7,), self.FILL, dtype=values.dtype)
+        buffer[offset : offset + self._numel].copy_(values)
+        self._buffer = buffer.to(device)
         self.tensor = self._buffer[offset : offset + self._numel]
-        self.tensor.copy_(values)
 
     def intact(self) -> bool:
         """Whether nothing outside the tensor was written."""
-        outside = torch.cat([self._buffer[: self._offset], self._buffer[self._offset + self._numel :]])
+        buffer = self._buffer.cpu()
+        outside = torch.cat([buffer[: self._offset], buffer[self._offset + self._numel :]])
         return bool((outside == self.FILL).all())
 
 
@@ -174,12 +177,18 @@ def run(
     inputs: Sequence[dict[str, np.ndarray]],
     numbers: Sequence[int],
     places: Sequence[Place],
+    offset: Callable[[int, int, str], int] = lambda i, j, key: (5 * i + 3 * j) % 13,
+    device: torch.device = CPU,
 ) -> tuple[list[dict[str, Tensor]], list[Guarded]]:
-    """Take one step of one backend on all inputs; return the tensors by the oracle's names, and their guarded buffers."""
+    """Take one step of one backend on all inputs; return the tensors by the oracle's names, and their guarded buffers.
+
+    ``offset`` gives the place in its buffer of role number ``j``, by the oracle's name ``key``, of input ``i``. On another
+    device than the CPU no kernels are started but the backend's.
+    """
     average = "m" if case.scalars.get("family", "langevin") == "langevin" else "p"
     names = {"average": average}
     guards = [
-        {key: Guarded(to_torch(a), (5 * i + 3 * j) % 13) for j, (key, a) in enumerate(arrays.items())}
+        {key: Guarded(to_torch(a), offset(i, j, key), device) for j, (key, a) in enumerate(arrays.items())}
         for i, arrays in enumerate(inputs)
     ]
     lists = {
@@ -191,8 +200,9 @@ def run(
     scalars = case.rounded(dtype)
     grads = [g["g"].tensor for g in guards] if scalars.inner else []
 
+    scale, found = (None if t is None else t.to(device) for t in scales(dtype, case.inv_scale, case.found_inf))
     with backend(label) as name:
-        backends.make_plan(name, tensors).run(grads, scalars, *scales(dtype, case.inv_scale, case.found_inf))
+        backends.make_plan(name, tensors).run(grads, scalars, scale, found)
     outputs = [{key: guard.tensor for key, guard in g.items()} for g in guards]
     return outputs, [guard for g in guards for guard in g.values()]
 
