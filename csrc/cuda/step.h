@@ -21,14 +21,14 @@ struct PlainLangevin {
   using Stored = Stored_;
   static constexpr bool everything = false, on_device = false;
   static constexpr int blocks = sizeof(Stored) == 8   ? (noise && momentum ? 2 : 3)
-                                : sizeof(Stored) == 2 ? 4
+                                : sizeof(Stored) == 2 ? (noise && momentum ? 3 : 4)
                                                       : (momentum ? (noise ? 4 : 5) : 6);
   template <class T>
   static DR_FN void pin(Scalars<T>& h) {
     h.family = Family::langevin;
     h.inner = true, h.outer = false, h.scaled = false, h.maximize = false;
     if (!noise) h.s = T(0);
-    if (!momentum) h.mu = T(0);
+    if (!momentum) h.mu = T(0), h.coupling_in_momentum = false;  // without it, the coupling has one place
   }
 };
 
@@ -191,8 +191,12 @@ DR_FN void take_packet(const Call<Kind>& call, const Row& row, int64_t j) {
     if (h.has_w()) w.set_lanes(group, t.w);
   }
 
-  if (at.master) master.write(at.master + j);
-  row.y_aligned ? y.write(at.y + j) : y.write_elements(at.y + j);
+  if (at.master) h.inner ? master.write(at.master + j) : master.write_made(at.master + j);
+  if (!row.y_aligned) {
+    y.write_elements(at.y + j);
+  } else {
+    h.inner ? y.write(at.y + j) : y.write_made(at.y + j);
+  }
   if (h.outer) x.write(at.x + j);
   if (h.writes_m()) m.write(at.m + j);
   if (h.has_v()) v.write(at.v + j);
@@ -316,7 +320,7 @@ DR_FN void gaussian_body(const GaussianArguments& args, uint32_t block, uint32_t
   if (lead == 0 && left >= 4) {
     Packet<float, 4> packet;
     packet.set_lanes(0, z);
-    packet.write(args.out + j);
+    packet.write_made(args.out + j);
   } else {
     DR_ROLLED
     for (int lane = 0; lane < 4; ++lane) {
