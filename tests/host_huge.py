@@ -16,7 +16,7 @@ from deeprelax_cuda.backends import cpu
 from deeprelax_cuda.noise import Place
 from deeprelax_cuda.steps import Scalars
 
-# Elements of a tensor of which the last few blocks are in memory: by row number, per tensor of a launch.
+#: Elements of tensors of which the last few blocks alone are in memory.
 LARGE = (2**31 + 5, 2**33 + 1029, 2**40 + 3)
 
 
@@ -33,7 +33,7 @@ def huge() -> Iterator[Test]:
         yield f"normals of two launches from {first}", partial(many_normals, first)
 
 
-def large(name: str, dtype: torch.dtype, numel: int, start: int, place: Place, before: tuple[int, ...] = ()) -> list[int]:
+def large(name: str, dtype: torch.dtype, numel: int, start: int, place: Place, before: tuple[int, ...] = ()) -> None:
     """The last blocks of a tensor, behind others of a launch that do not run, are a shard of it in its place.
 
     ``start`` is the element, not after the first, at whose address the packets begin; sixteen divides it.
@@ -73,7 +73,6 @@ def large(name: str, dtype: torch.dtype, numel: int, start: int, place: Place, b
     assert_equal([{key: guard.tensor for key, guard in guards.items()}], want, "the last blocks")
     assert all(guard.intact() for guard in guards.values())
     assert launched() == [skipped + last + 1]
-    return launched()
 
 
 def many_blocks() -> None:
