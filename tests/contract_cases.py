@@ -185,18 +185,11 @@ def run(
     ``offset`` gives the place in its buffer of role number ``j``, by the oracle's name ``key``, of input ``i``. On another
     device than the CPU no kernels are started but the backend's.
     """
-    average = "m" if case.scalars.get("family", "langevin") == "langevin" else "p"
-    names = {"average": average}
     guards = [
         {key: Guarded(to_torch(a), offset(i, j, key), device) for j, (key, a) in enumerate(arrays.items())}
         for i, arrays in enumerate(inputs)
     ]
-    lists = {
-        role: [g[names.get(key, key)].tensor for g in guards]
-        for role, key in ROLES.items()
-        if inputs and names.get(key, key) in inputs[0]
-    }
-    tensors = Tensors(params=[g["y"].tensor for g in guards], numbers=numbers, places=places, **lists)
+    tensors = tensors_of(case, [{key: guard.tensor for key, guard in g.items()} for g in guards], numbers, places)
     scalars = case.rounded(dtype)
     grads = [g["g"].tensor for g in guards] if scalars.inner else []
 
@@ -205,6 +198,14 @@ def run(
         backends.make_plan(name, tensors).run(grads, scalars, scale, found)
     outputs = [{key: guard.tensor for key, guard in g.items()} for g in guards]
     return outputs, [guard for g in guards for guard in g.values()]
+
+
+def tensors_of(case: Case, inputs: Sequence[dict[str, Tensor]], numbers: Sequence[int], places: Sequence[Place]) -> Tensors:
+    """Return the lists of a call from tensors by the oracle's names."""
+    average = "m" if case.scalars.get("family", "langevin") == "langevin" else "p"
+    names = {role: average if key == "average" else key for role, key in ROLES.items()}
+    lists = {role: [t[key] for t in inputs] for role, key in names.items() if inputs and key in inputs[0]}
+    return Tensors(params=[t["y"] for t in inputs], numbers=numbers, places=places, **lists)
 
 
 def scales(dtype: torch.dtype, inv_scale: float | None, found_inf: float | None) -> tuple[Tensor | None, Tensor | None]:

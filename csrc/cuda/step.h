@@ -170,7 +170,7 @@ DR_FN void take_packet(const Call<Kind>& call, const Row& row, int64_t j) {
 
   DR_UNROLL
   for (int group = 0; group < N / 4; ++group) {
-    const uint64_t q = (static_cast<uint64_t>(row.place.offset) >> 2) + (j >> 2) + group;
+    const uint64_t q = (static_cast<uint64_t>(row.place.offset + j) >> 2) + group;
     Element<Twice<Twice<T>>> t{};
     if (h.reads_y()) t.y = at.master ? master.lanes(group) : y.lanes(group);
     if (h.inner) t.g = g.lanes(group);
@@ -317,7 +317,7 @@ DR_FN void gaussian_body(const GaussianArguments& args, uint32_t block, uint32_t
   const uint64_t q = (static_cast<uint64_t>(args.offset) >> 2) + static_cast<uint64_t>(n);
   const Four z = normals(
       philox4x32<uint32_t>(Key(args.seed), static_cast<uint32_t>(q), static_cast<uint32_t>(q >> 32), args.step, args.stream));
-  if (lead == 0 && left >= 4) {
+  if (lead == 0 && left >= 4 && reinterpret_cast<uintptr_t>(args.out) % sizeof(Line) == 0) {
     Packet<float, 4> packet;
     packet.set_lanes(0, z);
     packet.write_made(args.out + j);
