@@ -9,7 +9,8 @@ The hot path of a kernel is the longest way from its entry to an EXIT
 
 * without a call (the root of zero or a subnormal number, the division of 64-bit integers) and without a turn of a loop (the
   search for the row of a block takes none for one tensor; the instructions of one turn are reported as `search`),
-* and, among these ways, with the most accesses of 16 bytes: so it is that of whole packets with aligned addresses.
+* and, among these ways, with the most accesses of 16 bytes and then the fewest narrower ones: so it is that of whole packets
+  with aligned addresses.
 
 Every instruction on it counts, predicated or not: one that is predicated off is issued too. It is an upper bound, as it takes
 every option of the step that is not settled when the kernel is compiled, even two that exclude each other.
@@ -234,22 +235,24 @@ class Kernel:
     def hot(self) -> list[Instruction]:
         """The instructions of the hot path."""
         usable = [b for b in self.blocks if not b.calls and not b.reaches(b)]
-        best: dict[int, tuple[int, int, list[Instruction]]] = {}
+        best: dict[int, tuple[int, int, int, list[Instruction]]] = {}
 
-        def longest(block: Block) -> tuple[int, int, list[Instruction]] | None:
+        def longest(block: Block) -> tuple[int, int, int, list[Instruction]] | None:
             if id(block) not in best:
                 rests = [rest for other in block.after if other in usable and (rest := longest(other))]
                 if any(i.opcode == "EXIT" for i in block.code):
-                    rests.append((0, 0, []))
+                    rests.append((0, 0, 0, []))
                 if not rests:
                     return None
-                wide, count, path = max(rests, key=lambda rest: rest[:2])
-                best[id(block)] = (wide + sum(i.wide for i in block.code), count + len(block.code), block.code + path)
+                wide, narrow, count, path = max(rests, key=lambda rest: rest[:3])
+                wide += sum(i.wide for i in block.code)
+                narrow -= sum(i.accesses_global and not i.wide for i in block.code)
+                best[id(block)] = (wide, narrow, count + len(block.code), block.code + path)
             return best[id(block)]
 
         if not (path := longest(self.blocks[0])):
             raise RuntimeError(f"sass: {self.name} has no way from entry to EXIT without a loop")
-        return path[2]
+        return path[3]
 
     @property
     def search(self) -> int:

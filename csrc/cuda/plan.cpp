@@ -68,11 +68,13 @@ LaunchList<T> launches_of(Dtype dtype, const Tensor* tensors, int64_t count) {
 Kernel choose(const Kernels& all, const Step& step, bool has_master, bool stochastic, bool on_device) {
   const bool langevin = step.family == Family::langevin;
   if (!step.inner) return all.outer_step[on_device];
-  if (on_device || step.outer || step.inv_scale || step.maximize || has_master || stochastic) {
+  if (on_device || step.outer || step.inv_scale || step.found_inf || step.maximize || has_master || stochastic) {
     return (langevin ? all.langevin_step_whole : all.gradient_average_step_whole)[on_device];
   }
   const bool noise = step.s != 0.0;
-  return langevin ? all.langevin_step[noise][step.mu != 0.0] : all.gradient_average_step[noise];
+  if (!langevin) return all.gradient_average_step[noise];
+  const bool everyday = step.k != 0.0 && step.a != 0.0 && step.a != 1.0;
+  return everyday ? all.langevin_step[noise][step.mu != 0.0] : all.langevin_step_whole[false];
 }
 
 template <class T>

@@ -1,6 +1,7 @@
 // The body of every step kernel, as a function of block and thread: a GPU runs it in parallel, tests run it in a loop.
 #pragma once
 
+#include <cstdlib>
 #include <type_traits>
 
 #include "../core/gaussian.h"
@@ -15,7 +16,26 @@ namespace deeprelax::cuda {
 // `blocks` is how many blocks an SM holds at a time, which bounds the registers of a thread: as many blocks as leave nothing to
 // spill on any architecture (tests/test_sass.py).
 
-// A Langevin step of every day.
+// Lets the compiler know what the launcher has seen to (choose() in plan.cpp).
+DR_FN void assume(bool fact) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(fact);
+#else
+  if (!fact) std::abort();
+#endif
+}
+
+// Lets the compiler know that a number is 0, or that it is not.
+template <bool zero, class T>
+DR_FN void pin_zero(T& number) {
+  if (zero) {
+    number = T(0);
+  } else {
+    assume(number != T(0));
+  }
+}
+
+// A Langevin step of every day: coupled to the anchor, with an average that remembers.
 template <class Stored_, bool noise, bool momentum>
 struct PlainLangevin {
   using Stored = Stored_;
@@ -27,8 +47,12 @@ struct PlainLangevin {
   static DR_FN void pin(Scalars<T>& h) {
     h.family = Family::langevin;
     h.inner = true, h.outer = false, h.scaled = false, h.maximize = false;
-    if (!noise) h.s = T(0);
-    if (!momentum) h.mu = T(0), h.coupling_in_momentum = false;  // without it, the coupling has one place
+    pin_zero<!noise>(h.s);
+    pin_zero<!momentum>(h.mu);
+    if (!momentum) h.coupling_in_momentum = false;  // without it, the coupling has one place
+    assume(h.k != T(0));
+    assume(h.a != T(0));
+    assume(h.a != T(1));
   }
 };
 
@@ -41,7 +65,7 @@ struct PlainGradientAverage {
   static DR_FN void pin(Scalars<T>& h) {
     h.family = Family::gradient_average;
     h.inner = true, h.outer = false, h.scaled = false, h.maximize = false;
-    if (!noise) h.s = T(0);
+    pin_zero<!noise>(h.s);
   }
 };
 
@@ -51,7 +75,7 @@ template <class Stored_, Family family_, bool on_device_>
 struct Whole {
   using Stored = Stored_;
   static constexpr bool everything = true, on_device = on_device_;
-  static constexpr int blocks = sizeof(Stored) == 4 ? 3 : 1;
+  static constexpr int blocks = sizeof(Stored) == 4 ? 2 : 1;
   template <class T>
   static DR_FN void pin(Scalars<T>& h) {
     h.family = family_;
@@ -64,7 +88,7 @@ template <class Stored_, bool on_device_>
 struct Outer {
   using Stored = Stored_;
   static constexpr bool everything = true, on_device = on_device_;
-  static constexpr int blocks = sizeof(Stored) == 4 ? 3 : 1;
+  static constexpr int blocks = sizeof(Stored) == 4 ? 2 : 1;
   template <class T>
   static DR_FN void pin(Scalars<T>& h) {
     h.inner = false;
@@ -146,7 +170,7 @@ struct Call {
 
 // Packet elements j to j + N - 1, of a row whose state is aligned. The loads come first: memory works while the noise is
 // computed.
-template <class Kind, class T>
+template <class Kind, class T, bool aligned>
 DR_FN void take_packet(const Call<Kind>& call, const Row& row, int64_t j) {
   using Stored = typename Kind::Stored;
   constexpr int N = kPacket<Stored>;
@@ -158,10 +182,10 @@ DR_FN void take_packet(const Call<Kind>& call, const Row& row, int64_t j) {
     if (at.master) {
       master.read(at.master + j);
     } else {
-      row.y_aligned ? y.read(at.y + j) : y.read_elements(at.y + j);
+      aligned || row.y_aligned ? y.read(at.y + j) : y.read_elements(at.y + j);
     }
   }
-  if (h.inner) row.g_aligned ? g.read_streaming(at.g + j) : g.read_elements(at.g + j);
+  if (h.inner) aligned || row.g_aligned ? g.read_streaming(at.g + j) : g.read_elements(at.g + j);
   if (h.reads_x()) x.read(at.x + j);
   if (h.reads_m()) m.read(at.m + j);
   if (h.has_v()) v.read(at.v + j);
@@ -192,7 +216,7 @@ DR_FN void take_packet(const Call<Kind>& call, const Row& row, int64_t j) {
   }
 
   if (at.master) h.inner ? master.write(at.master + j) : master.write_made(at.master + j);
-  if (!row.y_aligned) {
+  if (!aligned && !row.y_aligned) {
     y.write_elements(at.y + j);
   } else {
     h.inner ? y.write(at.y + j) : y.write_made(at.y + j);
@@ -273,15 +297,21 @@ DR_FN const Row& row_of(const Arguments<T>& args, uint32_t block) {
 template <class Kind, class T = typename ComputeType<typename Kind::Stored>::type>
 DR_FN void step_body(const Arguments<T>& args, uint32_t block, uint32_t thread) {
   constexpr int N = kPacket<typename Kind::Stored>;
-  if (skipped(args.found_inf)) return;
+  if (Kind::everything && skipped(args.found_inf)) return;
   const Call<Kind> call(args);
   if (!call.h.inner && !call.h.outer) return;
 
   const Row& row = row_of(args, block);
   const int64_t j = row.start + (static_cast<int64_t>(block - row.first_block) * kThreads + thread) * N;
   const bool whole_counters = row.straight || !(call.h.noisy() || call.stochastic);
-  if (row.aligned && whole_counters && j >= 0 && j + N <= row.numel) {
-    take_packet<Kind, T>(call, row, j);
+  // A negative j, of a packet that begins before the tensor, is a large unsigned one.
+  const bool inside = row.numel >= N && static_cast<uint64_t>(j) <= static_cast<uint64_t>(row.numel - N);
+  if (row.aligned && whole_counters && inside) {
+    if (row.y_aligned && row.g_aligned) {
+      take_packet<Kind, T, true>(call, row, j);
+    } else {
+      take_packet<Kind, T, false>(call, row, j);
+    }
   } else {
     take_elements<Kind, T>(call, row, j < 0 ? 0 : j, j + N < row.numel ? j + N : row.numel);
   }
