@@ -325,13 +325,20 @@ class Kernel:
                     roots |= {i, b}
         return roots
 
-    def divides(self, i: Instruction, depth: int = 12) -> bool:
+    def divides(self, i: Instruction) -> bool:
         """Return whether a value is made from MUFU.RCP64H, with which the division of binary64 numbers begins."""
-        if i.opcode == "MUFU.RCP64H" or depth == 0 or i not in self.home:
-            return i.opcode == "MUFU.RCP64H"
-        lower = [int(number) for operand in i.operands[1:] for number in re.findall(r"\bR(\d+)", operand)]
-        halves = [f"R{number + half}" for number in lower for half in (0, 1)]  # of a binary64 number
-        return any((made := self.value(self.home[i], i, half)) and self.divides(made, depth - 1) for half in halves)
+        seen: set[Instruction] = set()
+        rest = [i]
+        while rest:
+            i = rest.pop()
+            if i.opcode == "MUFU.RCP64H":
+                return True
+            if i in self.home and i not in seen:
+                seen.add(i)
+                lower = [int(number) for operand in i.operands[1:] for number in re.findall(r"\bR(\d+)", operand)]
+                halves = [f"R{number + half}" for number in lower for half in (0, 1)]  # of a binary64 number
+                rest += [made for half in halves if (made := self.value(self.home[i], i, half))]
+        return False
 
     @property
     def contracted(self) -> list[Instruction]:
