@@ -281,23 +281,26 @@ class Kernel:
     # ---- Rounding ----
 
     def value(self, block: Block, before: Instruction, operand: str) -> Instruction | None:
-        """Return the instruction that made an operand, where there is no doubt: back through blocks of one predecessor.
+        """Return the instruction that made an operand, where all ways lead back to one.
 
-        Blocks with a call are no predecessors: the special cases of an earlier root, say, which join its usual case.
+        Blocks with a call are left out: the special cases of an earlier root, say, which join its usual case.
         """
         if not (found := re.search(r"\bR\d+", operand)):
             return None
-        code = block.code[: block.code.index(before)]
-        for _ in self.blocks:
-            for i in reversed(code):
-                if i.writes(found[0]):
-                    return i
-            ways = [other for other in block.before if not other.calls]
-            if len(ways) != 1:
-                return None
-            block = ways[0]
-            code = block.code
-        return None
+        makers: set[Instruction] = set()
+        rest, seen = [block.code[: block.code.index(before)]], {id(block)}
+        blocks = [block]
+        while rest:
+            code, block = rest.pop(), blocks.pop()
+            if maker := next((i for i in reversed(code) if i.writes(found[0])), None):
+                makers.add(maker)
+                continue
+            for other in block.before:
+                if not other.calls and id(other) not in seen:
+                    seen.add(id(other))
+                    rest.append(other.code)
+                    blocks.append(other)
+        return makers.pop() if len(makers) == 1 else None
 
     @cached_property
     def root(self) -> set[Instruction]:

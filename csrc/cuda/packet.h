@@ -31,7 +31,7 @@ DR_FN Line load_streaming(const Line* p) {
 #endif
 }
 
-// Surely as one access.
+// Surely as one access: nvcc takes an assignment apart at will.
 DR_FN void store(Line* p, const Line& line) {
 #if defined(__CUDA_ARCH__)
   __stwb(reinterpret_cast<uint4*>(p), make_uint4(line.word[0], line.word[1], line.word[2], line.word[3]));
@@ -105,12 +105,6 @@ struct Packet {
     for (int i = 0; i < N * kSize / 16; ++i) line[i] = load_streaming(reinterpret_cast<const Line*>(p) + i);
   }
   DR_FN void write(S* p) const {
-    DR_UNROLL
-    for (int i = 0; i < N * kSize / 16; ++i) reinterpret_cast<Line*>(p)[i] = line[i];
-  }
-
-  // The same for a packet that was not read, whose plain copy nvcc takes apart into words.
-  DR_FN void write_made(S* p) const {
     DR_UNROLL
     for (int i = 0; i < N * kSize / 16; ++i) store(reinterpret_cast<Line*>(p) + i, line[i]);
   }

@@ -60,7 +60,7 @@ template <class Stored_, bool noise>
 struct PlainGradientAverage {
   using Stored = Stored_;
   static constexpr bool everything = false, on_device = false;
-  static constexpr int blocks = sizeof(Stored) == 8 ? 3 : sizeof(Stored) == 2 ? 4 : 6;
+  static constexpr int blocks = sizeof(Stored) == 8 ? 3 : sizeof(Stored) == 2 ? (noise ? 3 : 4) : noise ? 5 : 6;
   template <class T>
   static DR_FN void pin(Scalars<T>& h) {
     h.family = Family::gradient_average;
@@ -215,12 +215,8 @@ DR_FN void take_packet(const Call<Kind>& call, const Row& row, int64_t j) {
     if (h.has_w()) w.set_lanes(group, t.w);
   }
 
-  if (at.master) h.inner ? master.write(at.master + j) : master.write_made(at.master + j);
-  if (!aligned && !row.y_aligned) {
-    y.write_elements(at.y + j);
-  } else {
-    h.inner ? y.write(at.y + j) : y.write_made(at.y + j);
-  }
+  if (at.master) master.write(at.master + j);
+  aligned || row.y_aligned ? y.write(at.y + j) : y.write_elements(at.y + j);
   if (h.outer) x.write(at.x + j);
   if (h.writes_m()) m.write(at.m + j);
   if (h.has_v()) v.write(at.v + j);
@@ -350,7 +346,7 @@ DR_FN void gaussian_body(const GaussianArguments& args, uint32_t block, uint32_t
   if (lead == 0 && left >= 4 && reinterpret_cast<uintptr_t>(args.out) % sizeof(Line) == 0) {
     Packet<float, 4> packet;
     packet.set_lanes(0, z);
-    packet.write_made(args.out + j);
+    packet.write(args.out + j);
   } else {
     DR_ROLLED
     for (int lane = 0; lane < 4; ++lane) {
