@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 import venv
 from pathlib import Path
@@ -30,7 +31,17 @@ def python(code: str, **env: str) -> str:
 @pytest.fixture
 def sources(tmp_path: Path) -> Path:
     """A copy of what the build reads, so that builds do not meet in one folder."""
-    names = ("CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "deeprelax_cuda", "bench")
+    names = (
+        "CMakeLists.txt",
+        "MANIFEST.in",
+        "setup.py",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "csrc",
+        "deeprelax_cuda",
+        "bench",
+    )
     target = tmp_path / "sources"
     target.mkdir()
     for name in names:
@@ -119,6 +130,15 @@ def test_a_wrong_switch_is_one_clear_line(sources, tmp_path):
     done = install(sources, tmp_path / "site", DEEPRELAX_BUILD_CUDA="yes")
     assert done.returncode != 0
     assert "DEEPRELAX_BUILD_CUDA: expected 0, 1 or auto, got 'yes'" in done.stdout + done.stderr
+
+
+def test_an_sdist_has_all_that_a_build_needs(sources, tmp_path):
+    done = run(sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path, cwd=sources)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    needed = {str(path.relative_to(sources)) for path in (sources / "csrc").rglob("*.*")} | {"CMakeLists.txt", "setup.py"}
+    assert needed <= packed
 
 
 @pytest.mark.slow
