@@ -55,9 +55,9 @@ class CpuPlan:
         self._table.run_cpu(
             tables.gradient_addresses(grads) if addresses is None else addresses,
             scalars,
-            tables.address(inv_scale),
-            tables.address(found_inf),
-            tables.native_clock(clock),
+            0 if inv_scale is None else inv_scale.data_ptr(),
+            0 if found_inf is None else found_inf.data_ptr(),
+            None if clock is None else tables.native_clock(clock),
             torch.get_num_threads(),
         )
 

@@ -72,9 +72,9 @@ class CudaPlan:
         self._table.run_cuda(
             tables.gradient_addresses(grads) if addresses is None else addresses,
             scalars,
-            tables.address(inv_scale),
-            tables.address(found_inf),
-            tables.native_clock(clock),
+            0 if inv_scale is None else inv_scale.data_ptr(),
+            0 if found_inf is None else found_inf.data_ptr(),
+            None if clock is None else tables.native_clock(clock),
             index,
             stream,
         )

@@ -38,17 +38,11 @@ def gradient_addresses(grads: Sequence[Tensor]) -> bytes:
     return array("Q", map(Tensor.data_ptr, grads)).tobytes()
 
 
-def address(t: Tensor | None) -> int:
-    """Return the address of a tensor, 0 for none."""
-    return 0 if t is None else t.data_ptr()
-
-
-def native_clock(clock: Clock | None) -> Any:
+def native_clock(clock: Clock) -> Any:
     """Return the clock as the native module takes it."""
-    if clock is None:
-        return None
     parts = (clock.step, clock.position, clock.outer_steps, clock.gamma, clock.lr, clock.period_steps, clock.numbers)
-    return _native.Clock([address(t) for t in parts], clock.lr.dtype == torch.float32, clock.counts, tuple(clock.rule))
+    addresses = [0 if t is None else t.data_ptr() for t in parts]
+    return _native.Clock(addresses, clock.lr.dtype == torch.float32, clock.counts, tuple(clock.rule))
 
 
 def _addresses(role: list[Tensor]) -> list[int]:

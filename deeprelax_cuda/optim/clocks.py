@@ -46,8 +46,10 @@ def set_number(holder: dict[str, Any], name: str, value: int) -> None:
 
 def is_capturing(groups: Sequence[Group]) -> bool:
     """Whether what is done now to the parameters goes into a CUDA graph."""
-    on_cuda = any(p.is_cuda for group in groups for p in group["params"][:1])
-    return on_cuda and torch.cuda.is_current_stream_capturing()
+    for group in groups:  # one parameter of each: this is asked at every step
+        if group["params"] and group["params"][0].is_cuda:
+            return torch.cuda.is_current_stream_capturing()
+    return False
 
 
 class Clocks:
