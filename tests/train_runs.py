@@ -40,6 +40,8 @@ def settings(**changes: Any) -> compare.Settings:
         **changes,
     }
     values["options"] = {method: values["options"].get(method, {}) for method in values["methods"]}
+    if "entropy-sgd" in values["options"]:  # noise, so that its bits are among those that are compared
+        values["options"]["entropy-sgd"] = {"temperature": 1e-8, **values["options"]["entropy-sgd"]}
     return compare.Settings(**values)
 
 

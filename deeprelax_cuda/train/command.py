@@ -70,7 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_argument("--scoping", type=_number, help="each outer step divides gamma by 1 + scoping")
     options.add_argument("--gamma-min", type=_number, help="floor of gamma")
     options.add_argument("--gamma-total", type=_number, help="in place of scoping: gamma runs down from this to --gamma-min")
-    options.add_argument("--temperature", type=_number, help="inner steps get noise of std sqrt(2 * inner_lr * temperature)")
+    options.add_argument(
+        "--temperature", type=_number, help="inner steps get noise of std sqrt(2 * inner_lr * temperature); default 0"
+    )
     options.add_argument("--ema-decay", type=_number, help="weight of the old average in sgd-ema")
     options.add_argument(
         "--set", type=_assignment, nargs="+", metavar="METHOD.OPTION=VALUE", help="any option of one method's optimizer"

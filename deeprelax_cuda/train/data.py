@@ -48,17 +48,24 @@ class Batches:
         self._batch_size = batch_size
         self._seed = seed
         self._epoch = -1
-        self._order = torch.empty(0, dtype=torch.int64)
+        self._chosen: tuple[Tensor, ...] = ()
+        self._targets: tuple[Tensor, ...] = ()
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         """Return the inputs and targets of gradient evaluation ``step``, counted from 0 over all epochs."""
         epoch, place = divmod(step, batches_per_epoch(self._data, self._batch_size))
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(derive_seed(self._seed, epoch))
-            order = torch.randperm(len(self._data.train_targets), generator=generator)
-            self._epoch, self._order = epoch, order.to(self._data.train_targets.device)
-        chosen = self._order[place * self._batch_size : (place + 1) * self._batch_size]
-        return self._data.train_inputs.index_select(0, chosen), self._data.train_targets.index_select(0, chosen)
+            self._begin(epoch)
+        return self._data.train_inputs.index_select(0, self._chosen[place]), self._targets[place]
+
+    def _begin(self, epoch: int) -> None:
+        """Cut an epoch into batches, ahead of them: between two passes each operation costs what it costs with cold caches."""
+        generator = torch.Generator().manual_seed(derive_seed(self._seed, epoch))
+        targets = self._data.train_targets
+        order = torch.randperm(len(targets), generator=generator).to(targets.device)
+        self._epoch = epoch
+        self._chosen = order.split(self._batch_size)
+        self._targets = targets.index_select(0, order).split(self._batch_size)
 
 
 def batches_per_epoch(data: Data, batch_size: int) -> int:

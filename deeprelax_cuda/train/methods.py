@@ -42,8 +42,9 @@ def _nesterov(params: list[nn.Parameter], *, lr: float = 0.1, momentum: float = 
     return {"lr": lr, "momentum": momentum, "nesterov": momentum > 0, "fused": fused, **others}
 
 
-def _entropy_sgd(params: Iterable[nn.Parameter], seed: int, **options: Any) -> Optimizer:
-    return dr.EntropySGD(params, seed=seed, **options)
+def _entropy_sgd(params: Iterable[nn.Parameter], seed: int, *, temperature: float = 0.0, **options: Any) -> Optimizer:
+    """Return the optimizer without noise: at the temperatures of the papers it is far below what the seeds differ by."""
+    return dr.EntropySGD(params, seed=seed, temperature=temperature, **options)
 
 
 SGD_OPTIONS = ("lr", "momentum", "weight_decay")
