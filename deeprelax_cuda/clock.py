@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deeprelax_cuda.steps import Scalars, round_scalar
+from deeprelax_cuda.steps import Scalars, compute_type, round_scalar
 
 #: Bytes of `Clock.numbers`.
 NUMBERS = 256
@@ -72,15 +72,18 @@ class Clock:
     rule: Rule
 
     def advance(self, constant: Scalars, dtype: torch.dtype) -> Scalars:
-        """Return the numbers of the coming step, and count it; this reads the device's memory and waits for it."""
+        """Return the numbers of the coming step, and count it; this reads the device's memory and waits for it.
+
+        As on a device, a value that is not finite is not refused any more.
+        """
         position = int(self.position) + 1
         outer = position >= self.rule.inner_steps
         now = replace(
             constant,
             outer=outer,
             step=int(self.step),
-            k=round_scalar("1/gamma", 1.0 / float(self.gamma), dtype),
-            lr=round_scalar("lr", float(self.lr), dtype),
+            k=float((1.0 / self.gamma).to(compute_type(dtype))),
+            lr=float(self.lr.to(compute_type(dtype))),
         )
         if self.period_steps is not None:
             count = int(self.period_steps) + now.inner

@@ -6,6 +6,7 @@ What a graph adds to that is tested where there is a GPU (tests/gpu).
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import deeprelax_cuda as dr
@@ -270,6 +272,122 @@ def test_the_rest_of_the_interface() -> None:
     assert_same(plain, clocked)
 
 
+@pytest.mark.parametrize("missing", [{0: 1}, {0: 1, 1: 3}, {1: L, 2: L + 1, 0: L + 2}])
+def test_calls_that_part_and_meet_count_for_themselves(missing: dict[int, int]) -> None:
+    """Some parameters have no gradient in one step of each period, and miss that step in their plain mean."""
+
+    def train(capturable: bool) -> dr.EntropySGD:
+        params = weights()
+        optimizer = make(capturable, params, averaging="linear", inner_steps=6)
+        for step in range(20):
+            give_grads(params, step)
+            for index, at in missing.items():
+                if step % 6 == at:
+                    params[index].grad = None
+            optimizer.step()
+        return optimizer
+
+    assert_same(train(False), train(True))
+
+
+def test_a_value_that_is_put_aside_and_back_is_what_it_was() -> None:
+    def train(capturable: bool) -> dr.EntropySGD:
+        params = weights()
+        optimizer = make(capturable, [{"params": params[:2], "lr": 0.7}, {"params": params[2:], "lr": 0.2}])
+        groups = optimizer.param_groups
+        for step in range(3 * L):
+            give_grads(params, step)
+            if step == L - 1:
+                aside = groups[0]["lr"]
+                groups[0]["lr"] = 1e-3
+            if step == L:
+                groups[0]["lr"] = aside
+            if step == 2 * L - 1:
+                groups[0]["lr"], groups[1]["lr"] = groups[1]["lr"], groups[0]["lr"]
+            optimizer.step()
+        return optimizer
+
+    assert_same(train(False), train(True))
+
+
+def test_the_step_without_effect_of_checkpoint_tools_leaves_lr_alone() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = make(True, model.parameters(), lr=0.5)
+    get_optimizer_state_dict(model, optimizer)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    give_grads(list(model.parameters()), 0)
+    optimizer.step()
+    assert (optimizer.param_groups[0]["lr"], optimizer.stats()["steps"]) == (0.5, 1)
+
+
+def test_a_group_without_parameters_counts_too() -> None:
+    def train(capturable: bool) -> dr.EntropySGD:
+        params = weights()
+        optimizer = make(capturable, [{"params": []}, {"params": params}])
+        run(optimizer, params, range(L + 2))
+        state = optimizer.state_dict()
+        assert optimizer.stats() == {"steps": L + 2, "period_steps": 2, "outer_steps": 1}
+        again = make(capturable, [{"params": []}, {"params": params}])
+        again.load_state_dict(state)
+        run(again, params, range(L + 2, 2 * L))
+        return again
+
+    assert_same(train(False), train(True))
+
+
+@pytest.mark.parametrize("averaging", [0.75, "linear"])
+@pytest.mark.parametrize("begins", [False, True])
+def test_it_may_be_turned_on_and_off_in_mid_period(begins: bool, averaging: Any) -> None:
+    here, there = weights(), weights()
+    plain, other = make(False, here, averaging=averaging), make(begins, there, averaging=averaging)
+    for step in range(4 * L):
+        if step in (L + 1, 2 * L + 2):
+            other.param_groups[0]["capturable"] = not other.param_groups[0]["capturable"]
+        run(plain, here, range(step, step + 1))
+        run(other, there, range(step, step + 1))
+        assert isinstance(other.param_groups[0]["step"], Tensor) == other.param_groups[0]["capturable"]
+        assert_same(plain, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("gamma", -1.0), ("gamma", 0.0), ("gamma", math.nan), ("lr", math.nan), ("lr", "x")]
+)
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_a_value_out_of_range_is_refused_and_nothing_has_changed(name: str, value: Any, backend: str) -> None:
+    params = weights()
+    optimizer = make(True, [{"params": params[:2]}, {"params": params[2:]}], backend=backend)
+    run(optimizer, params, range(2))
+    after = [p.detach().clone() for p in params]
+    optimizer.param_groups[1][name] = value
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        run(optimizer, params, range(2, 3))
+    assert all(map(torch.equal, params, after))
+    assert [int(group["step"]) for group in optimizer.param_groups] == [2, 2]
+
+
+@pytest.mark.parametrize("lr", [torch.tensor([0.3]), torch.tensor(1), 1])
+def test_an_lr_of_one_element_or_of_another_type_is_a_number(lr: Any) -> None:
+    held = make(True, weights(), lr=lr).param_groups[0]["lr"]
+    assert held.shape == ()
+    assert held == torch.tensor(float(lr), dtype=torch.float64)
+
+
+def test_a_float32_lr_stays_one_over_a_load() -> None:
+    optimizer = make(True, weights(), lr=torch.tensor(0.1))
+    address = optimizer.param_groups[0]["lr"].data_ptr()
+    optimizer.load_state_dict(optimizer.state_dict())
+    lr = optimizer.param_groups[0]["lr"]
+    assert (lr.dtype, lr.data_ptr(), lr) == (torch.float32, address, torch.tensor(0.1))
+
+
+def test_a_group_lies_on_one_device() -> None:
+    params = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, device="meta"))]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=r"^capturable: .*one device, got cpu, meta in group 0"):
+        make(True, params).step()
+
+
 def test_a_group_that_is_added_counts_on() -> None:
     def train(capturable: bool) -> dr.EntropySGD:
         params, late = weights(), weights(5)
@@ -315,6 +433,30 @@ def test_a_first_step_and_counters_of_the_host_are_not_captured(
         captured_step(optimizer)
     assert not optimizer.state
     assert all(map(torch.equal, params, weights()))
+
+
+def test_a_step_in_eval_mode_is_not_captured(captured_step: Callable[[dr.EntropySGD], None]) -> None:
+    params = weights()
+    optimizer = make(True, params)
+    run(optimizer, params, range(1))
+    optimizer.eval()
+    with pytest.raises(RuntimeError, match=r"^capturable: call train\(\)"):
+        captured_step(optimizer)
+
+
+def test_a_parameter_without_state_is_not_captured(
+    captured_step: Callable[[dr.EntropySGD], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = weights()
+    optimizer = make(True, params)
+    monkeypatch.setattr(cpu.CpuPlan, "CAPTURABLE", True)
+    give_grads(params, 0)
+    params[1].grad = None
+    optimizer.step()
+    give_grads(params, 1)
+    with pytest.raises(RuntimeError, match=r"^params\[1\]: take a step with it"):
+        captured_step(optimizer)
+    assert params[1] not in optimizer.state
 
 
 def test_a_backend_that_reads_the_clock_is_not_captured(captured_step: Callable[[dr.EntropySGD], None]) -> None:

@@ -44,7 +44,7 @@ def test_it_is_what_serves_cuda_tensors(device: str) -> None:
     [
         (torch.version, "cuda", None, "torch is not built for CUDA"),
         (cuda, "missing", "no module", "the native module was not built or does not load: no module"),
-        (cuda, "_native", SimpleNamespace(), "the native module was built without CUDA code, as there was no nvcc"),
+        (cuda, "_native", SimpleNamespace(), "the native module was built without CUDA code (DEEPRELAX_BUILD_CUDA=1 says why)"),
         (torch.cuda, "is_available", lambda: False, "torch finds no CUDA device"),
         (cuda, "_native", SimpleNamespace(cuda_unavailable=lambda index: "no kernel image"), "no kernel image"),
     ],

@@ -32,7 +32,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     if missing is not None:
         return f"the native module was not built or does not load: {missing}"
     if not hasattr(_native, "cuda_unavailable"):
-        return "the native module was built without CUDA code, as there was no nvcc"
+        return "the native module was built without CUDA code (DEEPRELAX_BUILD_CUDA=1 says why)"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
     return _no_kernels(torch.cuda.current_device() if device.index is None else device.index)

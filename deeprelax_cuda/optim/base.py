@@ -19,7 +19,7 @@ from torch.optim.optimizer import ParamsT
 
 from deeprelax_cuda.clock import Clock
 from deeprelax_cuda.noise import check_seed, check_step
-from deeprelax_cuda.optim.clocks import Clocks, in_numbers, is_capturing
+from deeprelax_cuda.optim.clocks import Clocks, counts_in_numbers, device_of, in_numbers, is_capturing
 from deeprelax_cuda.optim.describe import Notes, Seen, describe, gamma_notes, outer_notes
 from deeprelax_cuda.optim.launches import Call, Launch, Launches, Needs
 from deeprelax_cuda.optim.options import check_gamma_rule, check_loop_options, resolve_seed, select_backend, warn_user
@@ -109,12 +109,9 @@ class RelaxationOptimizer(TwoWeights):
         """Return the state as every `torch.optim.Optimizer` does; counters, gamma and lr are plain numbers in any case."""
 
         def in_plain_numbers(_: Optimizer, state_dict: dict[str, Any]) -> None:
-            if self.param_groups[0]["capturable"]:
+            if isinstance(self.param_groups[0]["step"], Tensor):
                 state_dict["param_groups"] = [in_numbers(group) for group in state_dict["param_groups"]]
-                state_dict["state"] = {
-                    key: {**own, "period_steps": int(own["period_steps"])} if "period_steps" in own else own
-                    for key, own in state_dict["state"].items()
-                }
+                state_dict["state"] = counts_in_numbers(state_dict["state"])
 
         handle = self.register_state_dict_post_hook(in_plain_numbers, prepend=True)
         try:
@@ -123,9 +120,11 @@ class RelaxationOptimizer(TwoWeights):
             handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned; see `TwoWeights.load_state_dict`."""
+        """Load what `state_dict` returned; see `TwoWeights.load_state_dict`. A graph has to be captured anew."""
+        clocks = self._clocks
         super().load_state_dict(state_dict)
         if self.param_groups[0]["capturable"]:
+            self._clocks = clocks
             self._clocks.settle(self.param_groups)
 
     @watched
@@ -145,6 +144,7 @@ class RelaxationOptimizer(TwoWeights):
         Raises:
             TypeError, ValueError, RuntimeError: a tensor or an option that cannot be served, by name. No step is taken then.
         """
+        self._check_capture()
         loops = self.param_groups[0]["closure_mode"] == "inner_loop"
         if loops and closure is None and not self._is_untouched():
             raise ValueError(
@@ -177,24 +177,21 @@ class RelaxationOptimizer(TwoWeights):
         for i, group in enumerate(others, 1):
             self._check_shared(first, group, i)
         clocked = first["capturable"]
-        capturing = is_capturing(self.param_groups)
-        if capturing and not clocked:
-            raise RuntimeError("capturable: expected True where step() is captured in a CUDA graph, got False")
-        if capturing and not self._has_stepped:
-            raise RuntimeError("capturable: take a step before the one that is captured; it makes the state and the launches")
+        if not clocked and isinstance(first["step"], Tensor):
+            self._leave_device()
         # With clocks the device knows whether it is the last step of a period, and each step has the launches of a last one.
         outer = clocked or first["position"] + 1 >= first["inner_steps"]
         launches = self._launches.prepare(self.param_groups, self.state, outer, self._needs, self._labels)
         if not any(launch.call.bucket.inner for launch in launches):
             return False
-        if capturing and not all(launch.call.plan.CAPTURABLE for launch in launches):
-            raise RuntimeError(f"backend: expected one whose steps can be captured in a CUDA graph, got {self.explain()}")
+        if is_capturing(self.param_groups):
+            self._check_captured(launches)
         scalars = [self._scalars(launch.call, outer) for launch in launches]
         for group in self.param_groups if outer else ():
             check_gamma_rule(group)
-        if clocked:
-            self._clocks.settle(self.param_groups)
         phantom = self._is_phantom(launches)
+        if clocked and not phantom:
+            self._clocks.settle(self.param_groups)
         if from_eval and not phantom:
             self._warn_eval()
 
@@ -310,7 +307,7 @@ class RelaxationOptimizer(TwoWeights):
             warn_user("step() in eval mode: back to the live weights first; call train() after eval()")
 
     def _needs(self, group: dict[str, Any], dtype: torch.dtype) -> Needs:
-        options = [group[name] for name in ("backend", "foreach", "fused")]
+        options = [group[name] for name in ("backend", "foreach", "fused", "capturable")]
         return Needs(self._roles(group, dtype), [*options, os.environ.get("DEEPRELAX_BACKEND")])
 
     def _is_phantom(self, launches: list[Launch]) -> bool:
@@ -321,6 +318,35 @@ class RelaxationOptimizer(TwoWeights):
         """Whether there is no state yet and every lr is 0: only then a step may be a phantom."""
         return not any(self.state.values()) and all(float(group["lr"]) == 0.0 for group in self.param_groups)
 
+    def _check_capture(self) -> None:
+        """Refuse to be captured in a CUDA graph whose replays would not do what they should."""
+        if not is_capturing(self.param_groups):
+            return
+        if not self.param_groups[0]["capturable"]:
+            raise RuntimeError("capturable: expected True where step() is captured in a CUDA graph, got False")
+        if not self._has_stepped:
+            raise RuntimeError("capturable: take a step before the one that is captured; it makes the state and the launches")
+        if not self._is_training():
+            raise RuntimeError("capturable: call train() before the capture, which would go back to the live weights each time")
+
+    def _check_captured(self, launches: list[Launch]) -> None:
+        """Refuse what would go into the graph of this step beside it."""
+        if not all(launch.call.plan.CAPTURABLE for launch in launches):
+            raise RuntimeError(f"backend: expected one whose steps can be captured in a CUDA graph, got {self.explain()}")
+        for call, *_ in launches:
+            for number, p, own in zip(call.bucket.numbers, call.bucket.params, call.states, strict=True):
+                if own is not self.state.get(p):
+                    label = self._labels()[number]
+                    raise RuntimeError(
+                        f"params[{label}]: take a step with it before the capture, which would make its state each time"
+                    )
+
+    def _leave_device(self) -> None:
+        """Go on with counters of the host, after somebody has turned capturable off."""
+        for group in self.param_groups:
+            group.update({**in_numbers(group), "lr": group["lr"]})
+        self.state.update(counts_in_numbers(self.state))
+
     def _make_clocks(self, launches: list[Launch]) -> list[Clock]:
         """Return the clock of each launch; a group without any counts by itself."""
         clocks, last = [], {launch.call.bucket.group: i for i, launch in enumerate(launches)}
@@ -329,8 +355,8 @@ class RelaxationOptimizer(TwoWeights):
             shared = count if isinstance(count, Tensor) else None
             clocks.append(self._clocks.clock(self.param_groups, index, i, shared, counts=last[index] == i))
         for index, group in enumerate(self.param_groups):
-            if index not in last and group["params"]:
-                name = select_backend(group, group["params"][0].device, torch.float32).name
+            if index not in last:
+                name = select_backend(group, device_of(group, self.param_groups), torch.float32).name
                 self._clocks.count_alone(self.param_groups, index, name)
         return clocks
 

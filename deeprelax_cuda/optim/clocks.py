@@ -6,7 +6,7 @@ of the step. The host sees tensors where it otherwise sees numbers, and reads th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +15,14 @@ from torch import Tensor
 from deeprelax_cuda import backends
 from deeprelax_cuda.clock import NUMBERS, Clock
 from deeprelax_cuda.noise import Place
+from deeprelax_cuda.optim.options import check_number
 from deeprelax_cuda.optim.scoping import rule_of
 from deeprelax_cuda.steps import Plan, Scalars, Tensors
 
 Group = dict[str, Any]
+
+#: What is asked of the values that a user may set.
+INTERVALS = {"gamma": "(0, inf]", "lr": "[0, inf)"}
 
 #: By name, the values of a group that lie on the device, and the types they may have there, the usual one first.
 ON_DEVICE: dict[str, tuple[torch.dtype, ...]] = {
@@ -34,6 +38,21 @@ def in_numbers(group: Group) -> Group:
     """Return the group with the values that lie on a device as plain numbers, for which the host waits."""
     found = {name: value for name in ON_DEVICE if isinstance(value := group.get(name), Tensor)}
     return {**group, **{name: value.item() for name, value in found.items()}}
+
+
+def counts_in_numbers(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return the states with plain numbers for "period_steps", each tensor of which is read once."""
+    read: dict[int, int] = {}
+
+    def plain(own: Any) -> Any:
+        count = own.get("period_steps") if isinstance(own, dict) else None
+        if not isinstance(count, Tensor):
+            return own
+        if id(count) not in read:
+            read[id(count)] = int(count)
+        return {**own, "period_steps": read[id(count)]}
+
+    return {key: plain(own) for key, own in state.items()}
 
 
 def set_number(holder: dict[str, Any], name: str, value: int) -> None:
@@ -58,38 +77,51 @@ class Clocks:
     def __init__(self) -> None:
         self._own: dict[tuple[int, str], Tensor] = {}
         self._scratch: dict[tuple[int, int, torch.device], Tensor] = {}
-        self._idle: dict[tuple[int, str], tuple[Tensor, Plan]] = {}
+        self._idle: dict[tuple[int, str, torch.device], tuple[Tensor, Plan]] = {}
 
     def settle(self, groups: Sequence[Group]) -> None:
         """Put tensors on the device in the place of numbers that were put in theirs: by a user, or by loading.
 
         Raises:
-            RuntimeError: a number was, and a graph is being captured, in which it would be set at every replay.
+            ValueError: a gamma or an lr outside its range.
+            RuntimeError: a number was put in, and a graph is being captured, in which it would be set at every replay.
         """
-        for index, group in enumerate(groups):
-            device = group["params"][0].device if group["params"] else torch.device("cpu")
-            for name, dtypes in ON_DEVICE.items():
-                value, own = group[name], self._own.get((index, name))
-                if value is not own or own is None or own.device != device:
-                    self._adopt(groups, index, name, dtypes, device)
+        changed = [
+            (index, name, device)
+            for index, group in enumerate(groups)
+            for device in [device_of(group, groups)]
+            for name in ON_DEVICE
+            if (own := self._own.get((index, name))) is None or group[name] is not own or own.device != device
+        ]
+        if not changed:
+            return
+        for index, name, _ in changed:
+            value = groups[index][name]
+            if is_capturing(groups):
+                raise RuntimeError(
+                    f"{name}: group {index} has {value!r} since the last step, which would be set at every replay of the graph "
+                    "that is being captured; take a step before the capture, or use fill_() on the tensor that was there"
+                )
+            if name in INTERVALS:
+                check_number(name, value, INTERVALS[name])
+        values = [groups[index][name] for index, name, _ in changed]
+        for (index, name, device), value in zip(changed, values, strict=True):
+            self._own[index, name] = groups[index][name] = self._adopted(index, name, value, device)
 
-    def _adopt(
-        self, groups: Sequence[Group], index: int, name: str, dtypes: tuple[torch.dtype, ...], device: torch.device
-    ) -> None:
-        if is_capturing(groups):
-            raise RuntimeError(
-                f"{name}: group {index} has {groups[index][name]!r} since the last step, which would be set at every replay of "
-                "the graph that is being captured; take a step before the capture, or use fill_() on the tensor that was there"
-            )
-        value, own = groups[index][name], self._own.get((index, name))
+    def _adopted(self, index: int, name: str, value: Any, device: torch.device) -> Tensor:
+        own = self._own.get((index, name))
         if own is not None and own.device == device:
-            own.fill_(value)
-        elif isinstance(value, Tensor) and value.device == device and value.dtype in dtypes and value.dim() == 0:
-            elsewhere = any(value is t for t in self._own.values())  # groups may start from one tensor, but go their own ways
-            own = value.detach().clone() if elsewhere else value
-        else:
-            own = torch.full((), value, dtype=dtypes[0], device=device)
-        self._own[index, name] = groups[index][name] = own
+            # A new tensor on the old address, which graphs know; the old one keeps its value, elsewhere, for who put it aside.
+            value = float(value) if own.is_floating_point() else int(value)
+            there: Tensor = torch.empty_like(own).set_(own)  # type: ignore[call-overload]
+            own.set_(own.clone())  # type: ignore[call-overload]
+            return there.fill_(value)
+        fits = isinstance(value, Tensor) and value.device == device and value.dtype in ON_DEVICE[name] and value.dim() == 0
+        if fits:  # groups may start from one tensor, but go their own ways
+            taken = any(value is t for t in self._own.values())
+            return value.detach().clone() if taken else value  # type: ignore[no-any-return]
+        dtype = ON_DEVICE[name][0]
+        return torch.full((), float(value) if dtype.is_floating_point else int(value), dtype=dtype, device=device)
 
     def clock(self, groups: Sequence[Group], index: int, ordinal: int, period_steps: Tensor | None, *, counts: bool) -> Clock:
         """Return the clock of a group's call; ``ordinal`` tells its calls apart, with ``counts`` it is the last of them."""
@@ -103,19 +135,33 @@ class Clocks:
 
     def count_alone(self, groups: Sequence[Group], index: int, backend: str) -> None:
         """Count the step in a group none of whose parameters takes one."""
-        device = self._own[index, "step"].device
-        if (index, backend) not in self._idle:
-            nothing = torch.empty(0, device=device)
+        key = index, backend, self._own[index, "step"].device
+        if key not in self._idle:
+            nothing = torch.empty(0, device=key[-1])
             tensors = Tensors([nothing], [nothing], [nothing], numbers=[0], places=[Place(0, 1, 1)])
-            self._idle[index, backend] = nothing, backends.make_plan(backend, tensors)
-        _, plan = self._idle[index, backend]
+            self._idle[key] = nothing, backends.make_plan(backend, tensors)
+        _, plan = self._idle[key]
         plan.run([], Scalars(inner=False), clock=self.clock(groups, index, 0, None, counts=True))
 
 
-def share_count(states: Sequence[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
-    """Return the states of a call's parameters with one tensor for all as their "period_steps", which are equal."""
+def device_of(group: Group, groups: Sequence[Group]) -> torch.device:
+    """Return where the values of a group lie: with its parameters or, where it has none, with those of another."""
+    for params in (group["params"], *(other["params"] for other in groups)):
+        if params:
+            device: torch.device = params[0].device
+            return device
+    return torch.device("cpu")
+
+
+def share_count(states: Sequence[dict[str, Any]], device: torch.device, taken: list[Tensor]) -> list[dict[str, Any]]:
+    """Return the states of a call's parameters with one tensor for all as their "period_steps", which are equal.
+
+    ``taken`` are the tensors of other calls, each of which counts for itself; it gains that of this one.
+    """
     first = states[0]["period_steps"]
-    if isinstance(first, Tensor) and all(own["period_steps"] is first for own in states):
-        return list(states)
-    shared = torch.full((), int(first), dtype=torch.int64, device=device)
-    return [{**own, "period_steps": shared} for own in states]
+    whole = isinstance(first, Tensor) and first.device == device and all(own["period_steps"] is first for own in states)
+    if not whole or any(first is t for t in taken):
+        first = torch.full((), int(first), dtype=torch.int64, device=device)
+        states = [{**own, "period_steps": first} for own in states]
+    taken.append(first)
+    return list(states)

@@ -161,8 +161,12 @@ def _make_calls(
     grads: list[Tensor | None] = []
     no_state: State = {}
     names = labels()
+    taken: list[Tensor] = []  # the counts of the calls, with capturable
     for number, group in enumerate(groups):
         params = group["params"]
+        if group["capturable"] and len(devices := dict.fromkeys(p.device for p in params)) > 1:
+            found = ", ".join(map(str, devices))
+            raise ValueError(f"capturable: expected the parameters of a group on one device, got {found} in group {number}")
         states = [state.get(p, no_state) for p in params]
         grads_here = [p.grad for p in params]
         inner = [g is not None for g in grads_here]
@@ -170,12 +174,12 @@ def _make_calls(
         counts = [int(own.get("period_steps", 0)) for own in states]
         for bucket in split(number, len(grads), params, inner, plays, counts):
             own = [states[i - len(grads)] for i in bucket.numbers]
-            calls.append(_make_call(bucket, group, needs(group, bucket.dtype), own, [names[i] for i in bucket.numbers]))
+            calls.append(_make_call(bucket, group, needs(group, bucket.dtype), own, [names[i] for i in bucket.numbers], taken))
         grads += grads_here
     return calls, grads
 
 
-def _make_call(bucket: Bucket, group: Group, needs: Needs, states: list[State], labels: list[str]) -> Call:
+def _make_call(bucket: Bucket, group: Group, needs: Needs, states: list[State], labels: list[str], taken: list[Tensor]) -> Call:
     """Check the tensors of a call, their state completed, and make a plan for it."""
     for p, label in zip(bucket.params, labels, strict=True):  # said before state is made, which would hide it
         name = f"params[{label}] (shape {tuple(p.shape)}, {p.dtype})"
@@ -185,7 +189,7 @@ def _make_call(bucket: Bucket, group: Group, needs: Needs, states: list[State], 
             raise ValueError(f"{name}: expected a tensor with memory, got one on meta")
     states = [complete_state(own, p, needs.roles) for own, p in zip(states, bucket.params, strict=True)]
     if group["capturable"] and "period_steps" in needs.roles:
-        states = share_count(states, bucket.params[0].device)
+        states = share_count(states, bucket.params[0].device, taken)
     lists: dict[str, Any] = {FIELDS[role]: [own[role] for own in states] for role in needs.roles if role in FIELDS}
     tensors = Tensors(
         params=bucket.params,

@@ -64,8 +64,8 @@ class Batches:
         targets = self._data.train_targets
         order = torch.randperm(len(targets), generator=generator).to(targets.device)
         self._epoch = epoch
-        self._chosen = order.split(self._batch_size)
-        self._targets = targets.index_select(0, order).split(self._batch_size)
+        self._chosen = torch.split(order, self._batch_size)
+        self._targets = torch.split(targets.index_select(0, order), self._batch_size)
 
 
 def batches_per_epoch(data: Data, batch_size: int) -> int:
