@@ -40,8 +40,7 @@ DR_FN void store(Line* p, const Line& line) {
 #endif
 }
 
-// ---- One element, bit for bit
-// -------------------------------------------------------------------------------------------------
+// ---- One element, bit for bit -----------------------------------------------------------------------------------------------
 
 template <int size>
 struct Unsigned;
@@ -87,8 +86,7 @@ DR_FN uint64_t bits_of(double d, const double*) {
 #endif
 }
 
-// ---- A packet
-// -----------------------------------------------------------------------------------------------------------------
+// ---- A packet ---------------------------------------------------------------------------------------------------------------
 
 // N elements of type S. Loops unroll and all indices become constants: what is indexed otherwise would lie in memory.
 template <class S, int N>

@@ -9,12 +9,10 @@
 
 namespace deeprelax::cuda {
 
-// ---- What is settled when a kernel is compiled -----------------------------------------------------------------------------
+// ---- What is settled when a kernel is compiled ------------------------------------------------------------------------------
 // The formula asks its numbers which terms there are. Each kind of kernel pins some of the answers, so that the others' code
-// and registers are not in it; what it leaves open is a branch that all threads take alike.
-
-// `blocks` is how many blocks an SM holds at a time, which bounds the registers of a thread: as many blocks as leave nothing to
-// spill on any architecture (tests/test_sass.py).
+// and registers are not in it; what it leaves open is a branch that all threads take alike. `blocks` is how many of its blocks
+// an SM holds at a time, which bounds the registers of a thread: as many as leave nothing to spill on any architecture.
 
 // Lets the compiler know what the launcher has seen to (choose() in plan.cpp).
 DR_FN void assume(bool fact) {
@@ -96,8 +94,7 @@ struct Outer {
   }
 };
 
-// ---- One group of elements
-// ----------------------------------------------------------------------------------------------------
+// ---- One group of elements --------------------------------------------------------------------------------------------------
 
 // The roles of a row in their types.
 template <class Kind>
