@@ -46,6 +46,8 @@ from deeprelax_cuda.bench.timing import rates, summary, write_rows
 LOOK_AT, LOOK_AT_TENSORS = 2**16, 16
 #: More launches than this do not fit in a stream's queue ahead of the device.
 QUEUE = 900
+#: Seconds of the host above which a step's launches are not counted.
+MOST_TO_COUNT = 0.02
 CYCLES_PER_SECOND = 2e9
 FLUSH_BYTES = 2**28
 
@@ -90,7 +92,10 @@ def check(contender: Contender, roles: Roles, terms: Terms) -> None:
 
 
 def count_launches(step: Callable[[], object]) -> int | None:
-    """Return how many kernels, copies and fills a step starts; None where the profiler does not work."""
+    """Return how many kernels, copies and fills a step starts; None where the profiler does not work.
+
+    Not for the slow: it takes the profiler seconds to tell of 100,000 launches.
+    """
     kinds = torch.profiler.ProfilerActivity
     try:
         with torch.profiler.profile(activities=[kinds.CUDA]) as profiler:
@@ -128,8 +133,8 @@ def prepare(name: str, make: Make, sets: Sequence[Roles], terms: Terms) -> Conte
     began = time.perf_counter()
     contender.steps[0]()
     host = time.perf_counter() - began
-    contender.launches = count_launches(contender.steps[0])
-    contender.head_start = 2 * host + 1e-4 if (contender.launches or 1) <= QUEUE else 0.0
+    contender.launches = count_launches(contender.steps[0]) if host < MOST_TO_COUNT else None
+    contender.head_start = 2 * host + 1e-4 if contender.launches is not None and contender.launches <= QUEUE else 0.0
     return contender
 
 

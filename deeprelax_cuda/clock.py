@@ -31,7 +31,12 @@ def power(base: float, exponent: int) -> float:
 
 
 class Rule(NamedTuple):
-    """How periods end, and what gamma is after ``n`` of them; see `deeprelax_cuda.EntropySGD` for the options."""
+    """How periods end, and what gamma is after ``n`` of them; see `deeprelax_cuda.EntropySGD` for the options.
+
+    gamma is computed from the initial value and the number of outer steps, never from the value before it, by + - * / alone.
+
+    Source: arXiv 1611.01838 (the exponential schedule, there of the stiffness 1/gamma); arXiv 1704.04932 (time runs backwards).
+    """
 
     inner_steps: int
     initial_gamma: float

@@ -1,8 +1,8 @@
 """The CUDA kernels' own source on the host: the bits of the CPU backend, and nothing that AddressSanitizer or UBSan reports.
 
 The launcher and the bodies of csrc/cuda hold no CUDA; tests/cpp/host_device.cpp loops over the blocks and threads of a launch.
-The cases are those of host_program.py, whose groups run in processes of their own, as a sanitizer
-ends the process it finds fault with.
+The cases are those of host_program.py, whose groups run in processes of their own, as a sanitizer ends the process it finds
+fault with.
 """
 
 from __future__ import annotations

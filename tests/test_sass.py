@@ -98,7 +98,7 @@ def test_every_role_is_accessed_by_sixteen_bytes(kernels):
             continue
         kind, _, *options = re.findall(r"\w+", k.name)[1:]
         momentum = kind == "PlainLangevin" and options[1] == "true"
-        kind = options[0] if kind == "Whole" else kind
+        kind = options[0] if kind == "General" else kind
         loads, stores = (lines(k, (a, b + momentum)) for a, b in (LOADS[kind], STORES[kind]))
         assert len(k.accesses("LD", wide=True)) >= loads, f"{k.arch} {k.name}"
         assert len(k.accesses("ST", wide=True)) >= stores, f"{k.arch} {k.name}"

@@ -10,7 +10,7 @@ import torch
 from train_runs import METHODS, PER_EPOCH, images, settings, state_of, untimed
 
 from deeprelax_cuda.cli import UsageError
-from deeprelax_cuda.train import compare, loop
+from deeprelax_cuda.train import compare, loop, methods
 from deeprelax_cuda.train.data import Batches, batches_per_epoch
 from deeprelax_cuda.train.datasets import digits
 from deeprelax_cuda.train.measures import MEASURES
@@ -361,3 +361,26 @@ def test_the_methods_learn_digits() -> None:
     compare.compare(comparison, DIGITS, quiet=True)
     finals = {name: [c.validation[-1] for c in trained.curves.values()] for name, trained in comparison.methods.items()}
     assert all(error < 4.0 for errors in finals.values() for error in errors), finals
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_sgd_is_torchs_bit_for_bit_and_its_hooks_are_called(hooked: bool) -> None:
+    def run(make: type[torch.optim.SGD]) -> list[torch.Tensor]:
+        params = [torch.nn.Parameter(torch.linspace(-1, 1, 50)), torch.nn.Parameter(torch.ones(3, 3))]
+        optimizer, calls = make(params, lr=0.1, momentum=0.9, nesterov=True, fused=True), []
+        if hooked:
+            optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+            optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+
+        def closure() -> float:
+            optimizer.zero_grad()
+            loss = sum((p**4).sum() for p in params)
+            loss.backward()
+            return float(loss)
+
+        for _ in range(3):
+            optimizer.step(closure)
+        assert calls == ["before", "after"] * 3 * hooked
+        return [p.detach() for p in params]
+
+    assert all(map(torch.equal, run(methods.SGD), run(torch.optim.SGD)))

@@ -2,7 +2,7 @@
 //
 // So a step can be captured in a graph: each replay counts on, ends a period when it is time, and reads the learning rate that
 // a scheduler has written meanwhile. Plain binary64 arithmetic without contraction, so the values are those that Python
-// computes (deeprelax_cuda/optim/scoping.py has the rules).
+// computes (deeprelax_cuda/clock.py).
 #pragma once
 
 #include "update.h"

@@ -9,16 +9,16 @@ template <class Kind>
 using ArgumentsOf = Arguments<typename ComputeType<typename Kind::Stored>::type>;
 
 template <class Kind>
-__global__ void __launch_bounds__(kThreads, Kind::blocks) langevin_step(const __grid_constant__ ArgumentsOf<Kind> args) {
+__global__ void __launch_bounds__(kThreads, Kind::blocks_per_sm) langevin_step(const __grid_constant__ ArgumentsOf<Kind> args) {
   step_body<Kind>(args, blockIdx.x, threadIdx.x);
 }
 template <class Kind>
-__global__ void __launch_bounds__(kThreads, Kind::blocks)
+__global__ void __launch_bounds__(kThreads, Kind::blocks_per_sm)
     gradient_average_step(const __grid_constant__ ArgumentsOf<Kind> args) {
   step_body<Kind>(args, blockIdx.x, threadIdx.x);
 }
 template <class Kind>
-__global__ void __launch_bounds__(kThreads, Kind::blocks) outer_step(const __grid_constant__ ArgumentsOf<Kind> args) {
+__global__ void __launch_bounds__(kThreads, Kind::blocks_per_sm) outer_step(const __grid_constant__ ArgumentsOf<Kind> args) {
   step_body<Kind>(args, blockIdx.x, threadIdx.x);
 }
 

@@ -12,8 +12,8 @@ using Kernel = const void*;
 struct Kernels {
   Kernel langevin_step[2][2];       // [noise][momentum]
   Kernel gradient_average_step[2];  // [noise]
-  Kernel langevin_step_whole[2];    // [on_device], like those that follow
-  Kernel gradient_average_step_whole[2];
+  Kernel langevin_step_general[2];  // [on_device], like those that follow
+  Kernel gradient_average_step_general[2];
   Kernel outer_step[2];
 };
 
@@ -26,8 +26,8 @@ Kernels kernels_of() {
            {Langevin<PlainLangevin<Stored, true, false>>::kernel(), Langevin<PlainLangevin<Stored, true, true>>::kernel()}},
           {GradientAverage<PlainGradientAverage<Stored, false>>::kernel(),
            GradientAverage<PlainGradientAverage<Stored, true>>::kernel()},
-          {Langevin<Whole<Stored, A, false>>::kernel(), Langevin<Whole<Stored, A, true>>::kernel()},
-          {GradientAverage<Whole<Stored, B, false>>::kernel(), GradientAverage<Whole<Stored, B, true>>::kernel()},
+          {Langevin<General<Stored, A, false>>::kernel(), Langevin<General<Stored, A, true>>::kernel()},
+          {GradientAverage<General<Stored, B, false>>::kernel(), GradientAverage<General<Stored, B, true>>::kernel()},
           {OuterStep<Outer<Stored, false>>::kernel(), OuterStep<Outer<Stored, true>>::kernel()}};
 }
 

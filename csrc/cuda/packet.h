@@ -21,7 +21,7 @@ struct alignas(16) Line {
   uint32_t word[4];
 };
 
-// For what is read once and then never again.
+// For g, which is read once.
 DR_FN Line load_streaming(const Line* p) {
 #if defined(__CUDA_ARCH__)
   const uint4 u = __ldcs(reinterpret_cast<const uint4*>(p));

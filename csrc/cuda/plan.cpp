@@ -9,6 +9,11 @@
 namespace deeprelax::cuda {
 namespace {
 
+int size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
+
+// kPacket of the type of that size.
+int packet_of(int size) { return size == 2 ? kPacket<BFloat16> : kPacket<float>; }
+
 constexpr int64_t kMostBlocks = std::numeric_limits<int32_t>::max();
 
 bool divides_16(const void* role, int64_t elements, int size) {
@@ -18,10 +23,9 @@ bool divides_16(const void* role, int64_t elements, int size) {
 // Fits the packets of a tensor to the addresses of its roles. `size` is that of y and g, `state_size` that of the others.
 Row row_of(const Tensor& t, int size, int state_size) {
   Row row{t.y, t.g, t.x, t.m, t.v, t.w, t.c, t.master, t.numel, t.place, t.number, 0, 0, false, false, false, false};
-  const int packet = size == 2 ? 8 : 4;
   const void* const state[] = {t.x, t.m, t.v, t.w, t.c, t.master};
   int best = -1;
-  for (int start = 0; start > -packet; --start) {
+  for (int start = 0; start > -packet_of(size); --start) {
     bool aligned = true;
     for (const void* role : state) aligned = aligned && divides_16(role, start, state_size);
     const bool y_aligned = divides_16(t.y, start, size);
@@ -48,8 +52,8 @@ using LaunchList = std::vector<Launch<T>>;
 
 template <class T>
 LaunchList<T> launches_of(Dtype dtype, const Tensor* tensors, int64_t count) {
-  const int size = dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
-  const int64_t per_block = int64_t(kThreads) * (size == 2 ? 8 : 4);
+  const int size = size_of(dtype);
+  const int64_t per_block = int64_t(kThreads) * packet_of(size);
   LaunchList<T> launches;
   for (int64_t i = 0; i < count; ++i) {
     Row row = row_of(tensors[i], size, sizeof(T));
@@ -69,12 +73,12 @@ Kernel choose(const Kernels& all, const Step& step, bool has_master, bool stocha
   const bool langevin = step.family == Family::langevin;
   if (!step.inner) return all.outer_step[on_device];
   if (on_device || step.outer || step.inv_scale || step.found_inf || step.maximize || has_master || stochastic) {
-    return (langevin ? all.langevin_step_whole : all.gradient_average_step_whole)[on_device];
+    return (langevin ? all.langevin_step_general : all.gradient_average_step_general)[on_device];
   }
   const bool noise = step.s != 0.0;
   if (!langevin) return all.gradient_average_step[noise];
   const bool everyday = step.k != 0.0 && step.a != 0.0 && step.a != 1.0;
-  return everyday ? all.langevin_step[noise][step.mu != 0.0] : all.langevin_step_whole[false];
+  return everyday ? all.langevin_step[noise][step.mu != 0.0] : all.langevin_step_general[false];
 }
 
 template <class T>
@@ -87,7 +91,7 @@ void run(LaunchList<T>& launches, Dtype dtype, bool has_master, const Step& step
   }
   const bool stochastic = dtype == Dtype::bfloat16 && step.rounding == Rounding::stochastic;
   const Kernel kernel = choose(kernels(dtype), step, has_master, stochastic, clock != nullptr);
-  const int size = dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+  const int size = size_of(dtype);
   for (auto& [arguments, blocks] : launches) {
     arguments.numbers = {Scalars<T>(step), step.step};
     arguments.on_device = clock ? static_cast<const Numbers<T>*>(clock->numbers) : nullptr;

@@ -11,8 +11,8 @@ namespace deeprelax::cuda {
 
 // ---- What is settled when a kernel is compiled ------------------------------------------------------------------------------
 // The formula asks its numbers which terms there are. Each kind of kernel pins some of the answers, so that the others' code
-// and registers are not in it; what it leaves open is a branch that all threads take alike. `blocks` is how many of its blocks
-// an SM holds at a time, which bounds the registers of a thread: as many as leave nothing to spill on any architecture.
+// and registers are not in it; what it leaves open is a branch that all threads take alike. `blocks_per_sm` is how many of its
+// blocks an SM holds at a time, which bounds the registers of a thread: as many as leave nothing to spill on any architecture.
 
 // Lets the compiler know what the launcher has seen to (choose() in plan.cpp).
 DR_FN void assume(bool fact) {
@@ -38,9 +38,9 @@ template <class Stored_, bool noise, bool momentum>
 struct PlainLangevin {
   using Stored = Stored_;
   static constexpr bool everything = false, on_device = false;
-  static constexpr int blocks = sizeof(Stored) == 8   ? (noise && momentum ? 2 : 3)
-                                : sizeof(Stored) == 2 ? (noise && momentum ? 3 : 4)
-                                                      : (momentum ? (noise ? 4 : 5) : 6);
+  static constexpr int blocks_per_sm = sizeof(Stored) == 8   ? (noise && momentum ? 2 : 3)
+                                       : sizeof(Stored) == 2 ? (noise && momentum ? 3 : 4)
+                                                             : (momentum ? (noise ? 4 : 5) : 6);
   template <class T>
   static DR_FN void pin(Scalars<T>& h) {
     h.family = Family::langevin;
@@ -58,7 +58,7 @@ template <class Stored_, bool noise>
 struct PlainGradientAverage {
   using Stored = Stored_;
   static constexpr bool everything = false, on_device = false;
-  static constexpr int blocks = sizeof(Stored) == 8 ? 3 : sizeof(Stored) == 2 ? (noise ? 3 : 4) : noise ? 5 : 6;
+  static constexpr int blocks_per_sm = sizeof(Stored) == 8 ? 3 : sizeof(Stored) == 2 ? (noise ? 3 : 4) : noise ? 5 : 6;
   template <class T>
   static DR_FN void pin(Scalars<T>& h) {
     h.family = Family::gradient_average;
@@ -67,13 +67,13 @@ struct PlainGradientAverage {
   }
 };
 
-// Everything else: gradient scaling, maximize, masters, stochastic rounding, the outer step in the same pass; with the numbers
-// in the arguments or, for a step with a clock, on the device.
+// Everything else: no coupling, an average that forgets or takes nothing, gradient scaling, maximize, masters, stochastic
+// rounding, the outer step in the same pass; with the numbers in the arguments or, for a step with a clock, on the device.
 template <class Stored_, Family family_, bool on_device_>
-struct Whole {
+struct General {
   using Stored = Stored_;
   static constexpr bool everything = true, on_device = on_device_;
-  static constexpr int blocks = sizeof(Stored) == 4 ? 2 : 1;
+  static constexpr int blocks_per_sm = sizeof(Stored) == 4 ? 2 : 1;
   template <class T>
   static DR_FN void pin(Scalars<T>& h) {
     h.family = family_;
@@ -86,7 +86,7 @@ template <class Stored_, bool on_device_>
 struct Outer {
   using Stored = Stored_;
   static constexpr bool everything = true, on_device = on_device_;
-  static constexpr int blocks = sizeof(Stored) == 4 ? 2 : 1;
+  static constexpr int blocks_per_sm = sizeof(Stored) == 4 ? 2 : 1;
   template <class T>
   static DR_FN void pin(Scalars<T>& h) {
     h.inner = false;

@@ -1,10 +1,4 @@
-"""Scoping: the schedules that shrink gamma along training, so that the relaxed loss turns into the loss itself.
-
-Each value is computed from the initial value and the number of outer steps, never from the value before it, by + - * / alone:
-a device computes the same numbers inside a graph.
-
-Source: arXiv 1611.01838 (the exponential schedule, there of the stiffness 1/gamma); arXiv 1704.04932 (time runs backwards).
-"""
+"""Scoping: the rule by which gamma of a group shrinks, so that the relaxed loss turns into the loss itself."""
 
 from __future__ import annotations
 

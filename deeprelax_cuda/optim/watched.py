@@ -15,7 +15,7 @@ Step = TypeVar("Step", bound=Callable[..., Any])
 _GLOBAL_HOOKS = [getattr(optimizer, f"_global_optimizer_{when}_hooks", None) for when in ("pre", "post")]
 
 
-#: Torch's own decorator of that kind does not import the compiler before it is needed.
+#: Keeps the compiler out; torch's own decorator of that kind does so without importing it.
 _DISABLE = getattr(torch, "_disable_dynamo", torch.compiler.disable)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import deeprelax_cuda as dr
+from deeprelax_cuda.optim.watched import watched
 from deeprelax_cuda.train.averaged_sgd import AveragedSGD
 
 
@@ -23,9 +25,15 @@ class Method(NamedTuple):
     options: tuple[str, ...]
 
 
+class SGD(torch.optim.SGD):
+    """torch's, past its wrapper of ``step`` while there are neither profilers nor hooks, as EntropySGD is (optim/watched.py)."""
+
+    step = watched(torch.no_grad()(inspect.unwrap(torch.optim.SGD.step)))
+
+
 def _sgd(params: Iterable[nn.Parameter], seed: int, **options: Any) -> Optimizer:
     params = list(params)
-    return torch.optim.SGD(params, **_nesterov(params, **options))
+    return SGD(params, **_nesterov(params, **options))
 
 
 def _averaged_sgd(params: Iterable[nn.Parameter], seed: int, **options: Any) -> Optimizer:

@@ -38,11 +38,10 @@ def test_launches_of_an_optimizer(count: int) -> None:
         p.grad = torch.randn_like(p)
     optimizer = dr.EntropySGD(params, inner_steps=2, temperature=1e-4, seed=0)
     optimizer.step()
-    for _ in range(2):  # the last step of a period, with the outer one in the same launch, and another
+    for _ in range(2):  # the last step of a period, with the outer one in the same launch, and a first one
         started = kernels(optimizer.step)
         assert len(started) == -(-count // ROWS), started
         assert all("langevin_step" in name for name in started)
-        optimizer.step()
 
 
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)

@@ -32,7 +32,7 @@ def test_a_step_waits_for_what_its_stream_does_before(name: str) -> None:
     for role in vars(there).values():
         for t in role:
             t.fill_(float("nan"))
-    STEPS[name](lists_on(here, DEVICE))  # whatever is loaded at a first step is loaded now
+    STEPS[name](lists_on(here, DEVICE), backend="cuda")  # whatever is loaded at a first step is loaded now
     STEPS[name](here, backend="cpu")
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
@@ -70,7 +70,8 @@ def test_a_step_does_not_wait_for_other_streams() -> None:
 
 def test_normals_are_made_on_the_current_stream() -> None:
     side = torch.cuda.Stream()
-    functional.gaussian(1000, seed=1, step=2, device=DEVICE)
+    with torch.cuda.stream(side):  # loads the kernel and leaves memory of that stream: both would wait for what runs
+        functional.gaussian(1000, seed=1, step=2, device=DEVICE, backend="cuda")
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
         busy()
@@ -97,8 +98,9 @@ def test_the_optimizer_steps_on_the_current_stream(capturable: bool) -> None:
     ours, theirs = optimizer_on(DEVICE, capturable=capturable), optimizer_on("cpu", backend="cpu")
     params = ours.param_groups[0]["params"]
     right = [p.grad.clone() for p in params]
-    for optimizer in (ours, theirs):
-        optimizer.step()
+    for _ in range(3):  # a period: every kernel has been loaded then, which would wait for what runs
+        ours.step()
+        theirs.step()
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     for _ in range(7):
