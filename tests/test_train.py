@@ -376,7 +376,7 @@ def test_sgd_is_torchs_bit_for_bit_and_its_hooks_are_called(hooked: bool) -> Non
             optimizer.zero_grad()
             loss = sum((p**4).sum() for p in params)
             loss.backward()
-            return float(loss)
+            return float(loss.detach())
 
         for _ in range(3):
             optimizer.step(closure)

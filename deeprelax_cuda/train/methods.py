@@ -26,7 +26,7 @@ class Method(NamedTuple):
 
 
 class SGD(torch.optim.SGD):
-    """torch's, past its wrapper of ``step`` while there are neither profilers nor hooks, as EntropySGD is (optim/watched.py)."""
+    """torch's, past its wrapper of ``step`` while there are neither profilers nor hooks, as EntropySGD is (`watched`)."""
 
     step = watched(torch.no_grad()(inspect.unwrap(torch.optim.SGD.step)))
 
