@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -163,7 +164,7 @@ def params_of(roles: Roles) -> list[Tensor]:
 
 def entropy_sgd(terms: Terms) -> Make:
     """Return whole steps of the optimizer, of which none ends a period."""
-    options = {
+    options: dict[str, Any] = {
         "temperature": S**2 / (2 * ETA) if terms.noise else 0.0,
         "inner_momentum": MU if terms.momentum else 0.0,
         "momentum": 0.0,
