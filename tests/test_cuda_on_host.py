@@ -33,6 +33,7 @@ def check(folder: Path, group: str, sanitized: bool) -> None:
     assert said[-1] != "all of 0 cases passed"
 
 
+@pytest.mark.slow
 def test_few_cases_of_everything(folder: Path) -> None:
     check(folder, "few", sanitized=False)
 

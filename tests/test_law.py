@@ -257,7 +257,7 @@ def step_as(change: Callable[[Step, Tensors, list[Tensor], Scalars], None]) -> M
         def __init__(self, plan: Plan, tensors: Tensors) -> None:
             self.plan, self.tensors = plan, tensors
 
-        def run(self, grads: list[Tensor], scalars: Scalars, addresses: bytes | None = None) -> None:
+        def run(self, grads: list[Tensor], scalars: Scalars, addresses: bytes | None = None, clock: None = None) -> None:
             change(self.plan.run, self.tensors, grads, scalars)
 
     def mutate(patch: pytest.MonkeyPatch) -> None:
