@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 import torch
+from source_packages import source_package
 
 OF = "mutant of"
+
+# Without a GPU, Triton's interpreter runs the kernels of the triton backend; Triton looks at this when it is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+if importlib.util.find_spec("deeprelax_cuda.triton_kernels") is None:
+    source_package("triton_kernels")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

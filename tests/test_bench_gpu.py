@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from bench_package import bench
+from source_packages import bench
 
 gpu_step, gpu_workloads, formulas, shapes, timing = map(bench, ("gpu_step", "gpu_workloads", "formulas", "shapes", "timing"))
 ROOT = Path(__file__).parents[1]

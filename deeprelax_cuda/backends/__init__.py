@@ -20,7 +20,7 @@ from deeprelax_cuda.steps import Plan, Tensors
 #: For each type of device, the backends that may serve it, the preferred one first.
 ORDER = {
     "cpu": ("cpu", "eager"),
-    "cuda": ("cuda", "eager"),
+    "cuda": ("cuda", "triton", "eager"),
 }
 _ELSEWHERE = ("eager",)
 NAMES = tuple(dict.fromkeys(name for names in (*ORDER.values(), _ELSEWHERE) for name in names))

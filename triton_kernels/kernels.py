@@ -1,0 +1,193 @@
+"""The kernels: a step on any number of tensors in one launch, its numbers where a clock has them, normals by themselves."""
+
+import triton
+import triton.language as tl
+
+from .clock import Rule, gamma_after
+from .gaussian import normals
+from .philox import philox4x32
+from .step import take_any_block
+from .update import Scalars, Terms
+
+# Where a clock leaves the numbers of a step: two int64, then k, lr and a in the compute type.
+AT_STEP = tl.constexpr(0)
+AT_OUTER = tl.constexpr(1)
+AT_VALUES = tl.constexpr(16)  # bytes
+
+
+@triton.jit
+def scalar(argument, STORED: tl.constexpr):
+    """Return a scalar argument in the compute type, None for None: a float64 comes as its bits, as arguments are float32."""
+    if argument is None:
+        return None
+    elif STORED == tl.float64:
+        return argument.to(tl.int64).to(tl.float64, bitcast=True)
+    else:
+        return tl.to_tensor(argument).to(tl.float32)
+
+
+# Numbers that change from call to call, and addresses of single numbers, are nothing to compile anew for.
+
+_OF_THE_CALL = [
+    *("inv_scale", "found_inf", "seed", "step"),
+    *("eta", "k", "s", "a", "c", "wd", "mu", "damp1", "lr", "mu_o", "wd_o", "kr"),
+]
+
+
+@triton.jit(do_not_specialize=_OF_THE_CALL)
+def step_kernel(
+    rows,
+    grads,
+    blocks,
+    numbers,
+    inv_scale,
+    found_inf,
+    seed: tl.int64,
+    step: tl.int64,
+    eta,
+    k,
+    s,
+    a,
+    c,
+    wd,
+    mu,
+    damp1,
+    lr,
+    mu_o,
+    wd_o,
+    kr,
+    STORED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANGEVIN: tl.constexpr,
+    INNER: tl.constexpr,
+    OUTER: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    COUPLING_IN_MOMENTUM: tl.constexpr,
+    NESTEROV_O: tl.constexpr,
+    FORGETS: tl.constexpr,
+    PLAIN_MEAN: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
+    PITCHED: tl.constexpr,
+):
+    """Take the step; the arguments are those of the formula, None for a number that is 0.
+
+    ``rows`` is the table, int64; ``grads`` has the addresses of the gradients, int64; ``blocks`` the number of each block's
+    tensor, int32. ``numbers`` is where a clock has left what it determines (OUTER, step, k, lr and, with PLAIN_MEAN, a), None without.
+    """
+    k, lr, a = scalar(k, STORED), scalar(lr, STORED), scalar(a, STORED)
+    if numbers is not None:
+        values = (numbers + AT_VALUES).to(tl.pointer_type(tl.float64 if STORED == tl.float64 else tl.float32))
+        counts = numbers.to(tl.pointer_type(tl.int64))
+        step, outer = tl.load(counts + AT_STEP), tl.load(counts + AT_OUTER) != 0
+        k, lr = tl.load(values), tl.load(values + 1)
+        if PLAIN_MEAN:
+            a = tl.load(values + 2)
+    if inv_scale is not None:
+        inv_scale = tl.load(inv_scale)
+    h = Scalars(
+        inv_scale,
+        scalar(eta, STORED),
+        k,
+        scalar(s, STORED),
+        a,
+        scalar(c, STORED),
+        scalar(wd, STORED),
+        scalar(mu, STORED),
+        scalar(damp1, STORED),
+        lr,
+        scalar(mu_o, STORED),
+        scalar(wd_o, STORED),
+        scalar(kr, STORED),
+    )
+    if numbers is None:
+        take_any_block(
+            Terms(LANGEVIN, INNER, OUTER, MAXIMIZE, NESTEROV, COUPLING_IN_MOMENTUM, NESTEROV_O, FORGETS, False),
+            h, rows, grads, blocks, found_inf, seed, step, STORED, BLOCK, STOCHASTIC, HAS_MASTER, PITCHED,
+        )  # fmt: skip
+    elif outer:
+        take_any_block(
+            Terms(LANGEVIN, INNER, True, MAXIMIZE, NESTEROV, COUPLING_IN_MOMENTUM, NESTEROV_O, FORGETS, True),
+            h, rows, grads, blocks, found_inf, seed, step, STORED, BLOCK, STOCHASTIC, HAS_MASTER, PITCHED,
+        )  # fmt: skip
+    elif INNER:
+        take_any_block(
+            Terms(LANGEVIN, INNER, False, MAXIMIZE, NESTEROV, COUPLING_IN_MOMENTUM, NESTEROV_O, FORGETS, True),
+            h, rows, grads, blocks, found_inf, seed, step, STORED, BLOCK, STOCHASTIC, HAS_MASTER, PITCHED,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["found_inf", "lr"])
+def advance_kernel(
+    step,
+    position,
+    outer_steps,
+    gamma,
+    lr,
+    period_steps,
+    numbers,
+    found_inf,
+    inner_steps: tl.int64,
+    initial_gamma: tl.int64,
+    scoping: tl.int64,
+    gamma_min: tl.int64,
+    gamma_total: tl.int64,
+    inner_lr: tl.int64,
+    STORED: tl.constexpr,
+    INNER: tl.constexpr,
+    COUNTS: tl.constexpr,
+):
+    """Leave the numbers of the coming step in ``numbers``, and count it; one program.
+
+    The first arguments are the addresses of a clock's tensors (deeprelax_cuda/clock.py), the float64 of its rule come as bits.
+    """
+    taken = True
+    if found_inf is not None:
+        taken = ~(tl.load(found_inf) != 0.0)
+    if taken:
+        rule = Rule(
+            inner_steps,
+            scalar(initial_gamma, tl.float64),
+            scalar(scoping, tl.float64),
+            scalar(gamma_min, tl.float64),
+            scalar(gamma_total, tl.float64),
+            scalar(inner_lr, tl.float64),
+        )
+        compute: tl.constexpr = tl.float64 if STORED == tl.float64 else tl.float32
+        counts = numbers.to(tl.pointer_type(tl.int64))
+        values = (numbers + AT_VALUES).to(tl.pointer_type(compute))
+        outer = tl.load(position) + 1 >= inner_steps
+        tl.store(counts + AT_STEP, tl.load(step))
+        tl.store(counts + AT_OUTER, outer.to(tl.int64))
+        tl.store(values, (1.0 / tl.load(gamma)).to(compute))
+        tl.store(values + 1, tl.load(lr).to(compute))
+        if period_steps is not None:
+            count = tl.load(period_steps)
+            if INNER:
+                count += 1
+                tl.store(values + 2, (1.0 / count.to(tl.float64)).to(compute))
+            tl.store(period_steps, tl.where(outer, 0, count))
+        if COUNTS:
+            tl.store(step, tl.load(step) + 1)
+            tl.store(position, tl.where(outer, 0, tl.load(position) + 1))
+            if outer:
+                n = tl.load(outer_steps) + 1
+                tl.store(outer_steps, n)
+                tl.store(gamma, gamma_after(rule, n, tl.load(gamma)))
+
+
+@triton.jit(do_not_specialize=["out"])
+def gaussian_kernel(
+    out, numel: tl.int64, seed: tl.int64, step: tl.int64, stream: tl.int64, offset: tl.int64, BLOCK: tl.constexpr
+):
+    """Write the normals of elements offset to offset + numel of a stream (the whole counter word); 16 divides the address."""
+    lead = offset & 3  # elements of the first counter that come before the offset
+    j0 = tl.program_id(0).to(tl.int64) * BLOCK - lead
+    w0, w1, w2, w3 = philox4x32(seed, ((offset + j0) >> 2) + tl.arange(0, BLOCK // 4), step, stream)
+    z = normals(w0, w1, w2, w3)
+    index = (tl.arange(0, BLOCK // 4) * 4)[:, None] + tl.arange(0, 4)[None, :]
+    if (lead == 0) & (j0 + BLOCK <= numel):
+        tl.store(tl.multiple_of(out + j0, 16) + index, z)
+    else:
+        tl.store(out + j0 + index, z, (j0 + index >= 0) & (j0 + index < numel))
