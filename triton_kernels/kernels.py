@@ -74,7 +74,7 @@ def step_kernel(
     """Take the step; the arguments are those of the formula, None for a number that is 0.
 
     ``rows`` is the table, int64; ``grads`` has the addresses of the gradients, int64; ``blocks`` the number of each block's
-    tensor, int32. ``numbers`` is where a clock has left what it determines (OUTER, step, k, lr and, with PLAIN_MEAN, a), None without.
+    tensor, int32. ``numbers`` is where a clock has left what it determines: OUTER, step, k, lr and, with PLAIN_MEAN, a.
     """
     k, lr, a = scalar(k, STORED), scalar(lr, STORED), scalar(a, STORED)
     if numbers is not None:

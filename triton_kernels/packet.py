@@ -14,7 +14,8 @@ class Kind(NamedTuple):
     """How a block is worked on, settled when a kernel is compiled; like `Terms`, it is made where it is passed on.
 
     ``stored`` is the type of y and g, uint16 for bfloat16. ``block`` elements are worked on, in packets of ``packet``, and in
-    groups of ``width``. ``wide``: all of them are there and aligned. ``pitched``: their noise is not that of whole counters in a row.
+    groups of ``width``. ``wide``: all of them are there, and aligned. ``pitched``: their noise is not that of whole counters in
+    a row.
     """
 
     stored: tl.constexpr
