@@ -10,12 +10,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 from source_packages import source_package
+from triton_interpreter import prepare_once
 
 OF = "mutant of"
 
 # Without a GPU, Triton's interpreter runs the kernels of the triton backend; Triton looks at this when it is first imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if importlib.util.find_spec("triton"):
+        prepare_once()
 if importlib.util.find_spec("deeprelax_cuda.triton_kernels") is None:
     source_package("triton_kernels")
 

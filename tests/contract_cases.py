@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deeprelax_cuda import backends
-from deeprelax_cuda.backends import cpu
+from deeprelax_cuda.backends import cpu, triton
 from deeprelax_cuda.noise import Place, as_place
 from deeprelax_cuda.steps import NARROW, Scalars, Tensors, compute_type, round_scalar
 
@@ -22,9 +23,10 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
 NUMPY = {torch.float32: np.float32, torch.float64: np.float64, torch.bfloat16: np.uint16, torch.float16: np.float16}
 
-# Backends and, for the C++ one, its instruction sets: whatever this machine can run.
+# Backends and, for the C++ one, its instruction sets: whatever this machine can run. Triton's kernels run in its interpreter.
 CPU_SETS = cpu.instruction_sets()
-BACKENDS = ["eager", *(f"cpu-{name}" for name in CPU_SETS)]
+TRITON = [] if triton.unavailable(CPU, torch.float32) else ["triton"]
+BACKENDS = ["eager", *(f"cpu-{name}" for name in CPU_SETS), *TRITON]
 
 #: The roles of `Tensors` in the names of the oracle; "average" is m or p.
 ROLES = {
@@ -101,6 +103,7 @@ CASES = [
     else Case(case.name, case.scalars, dtypes=DTYPES[:3])
     for case in CASES
 ]
+BY_NAME = {case.name: case for case in CASES}
 
 
 def arrays_of(numel: int, dtype: torch.dtype, seed: int, case: Case) -> dict[str, np.ndarray]:
@@ -122,6 +125,18 @@ def arrays_of(numel: int, dtype: torch.dtype, seed: int, case: Case) -> dict[str
     if case.masters:
         arrays["master"] = master
     return arrays
+
+
+@lru_cache(maxsize=64)
+def inputs_of(numel: int, dtype: torch.dtype, seed: int, average: str, masters: bool) -> dict[str, np.ndarray]:
+    family = {"m": "langevin", "p": "gradient_average"}[average]
+    return arrays_of(numel, dtype, seed, Case("", {"family": family}, masters=masters))
+
+
+def inputs_for(case: Case, dtype: torch.dtype, sizes: list[int]) -> list[dict[str, np.ndarray]]:
+    average = "m" if case.scalars.get("family", "langevin") == "langevin" else "p"
+    """Return inputs of some sizes, the same arrays each time."""
+    return [inputs_of(n, dtype, n, average, case.masters) for n in sizes]
 
 
 def expected(arrays: dict[str, np.ndarray], case: Case, dtype: torch.dtype, number: int, place: Place) -> dict[str, np.ndarray]:
@@ -208,6 +223,13 @@ def tensors_of(case: Case, inputs: Sequence[dict[str, Tensor]], numbers: Sequenc
     return Tensors(params=[t["y"] for t in inputs], numbers=numbers, places=places, **lists)
 
 
+def plan_inputs(name: str, dtype: torch.dtype, sizes: list[int]) -> tuple[list[dict[str, Tensor]], Tensors]:
+    """Return the tensors of a call by the oracle's names, and as a plan takes them."""
+    case = BY_NAME[name]
+    roles = [{key: to_torch(a) for key, a in arrays.items()} for arrays in inputs_for(case, dtype, sizes)]
+    return roles, tensors_of(case, roles, range(len(sizes)), [whole(n) for n in sizes])
+
+
 def scales(dtype: torch.dtype, inv_scale: float | None, found_inf: float | None) -> tuple[Tensor | None, Tensor | None]:
     """Return both as a plan takes them: the one of the compute type, the other float32."""
     scale = None if inv_scale is None else torch.tensor(inv_scale, dtype=compute_type(dtype))
@@ -225,3 +247,16 @@ def same(a: Tensor, b: Tensor) -> bool:
         return False
     integer = {8: torch.int64, 4: torch.int32, 2: torch.int16}[a.element_size()]
     return bool(((a.view(integer) == b.view(integer)) | (a.isnan() & b.isnan())).all())
+
+
+def where(a: Tensor, b: Tensor) -> str:
+    """Say where two tensors differ."""
+    differ = ~((a == b) | (a.isnan() & b.isnan()))
+    return f"at {differ.nonzero().flatten()[:8].tolist()} and others, {int(differ.sum())} in all"
+
+
+def assert_equal(got: Sequence[dict[str, Tensor]], want: Sequence[dict[str, Tensor]], when: object) -> None:
+    """Compare all tensors, by the oracle's names, of all inputs."""
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        for key in b:
+            assert same(a[key], b[key]), f"{key} of tensor {i} after {when}, {where(a[key], b[key])}"

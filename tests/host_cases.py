@@ -7,8 +7,8 @@ from functools import partial
 from itertools import product
 
 import torch
-from contract_cases import CASES, CPU, DTYPES, SIZES, Case
-from host_module import BF16, BY_NAME, F16, F32, F64, HOST, Guarded, Offset, Test, compare, native, rows
+from contract_cases import BY_NAME, CASES, CPU, DTYPES, SIZES, Case
+from host_module import BF16, F16, F32, F64, HOST, Guarded, Offset, Test, compare, native, rows
 
 from deeprelax_cuda.backends import cpu
 from deeprelax_cuda.noise import as_place

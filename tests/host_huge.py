@@ -8,9 +8,9 @@ from itertools import product
 
 import numpy as np
 import torch
-from contract_cases import CPU, run, to_torch, whole
+from contract_cases import BY_NAME, CPU, assert_equal, inputs_for, run, to_torch, whole
 from host_cases import OFFSETS
-from host_module import BF16, BY_NAME, F16, F32, F64, HOST, Guarded, Test, assert_equal, inputs_for, launched, native, watch
+from host_module import BF16, F16, F32, F64, HOST, Guarded, Test, launched, native, watch
 
 from deeprelax_cuda.backends import cpu
 from deeprelax_cuda.noise import Place

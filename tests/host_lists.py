@@ -8,10 +8,10 @@ from itertools import product
 
 import pytest
 import torch
-from contract_cases import DTYPES, scales
+from clock_cases import RULES, START, a_clock
+from contract_cases import BY_NAME, DTYPES, assert_equal, plan_inputs, scales
 from host_cases import OFFSETS
-from host_clock import RULES, START, a_clock
-from host_module import BY_NAME, F32, F64, HOST, Guarded, Test, assert_equal, compare, launched, plan_inputs, watch
+from host_module import F32, F64, HOST, Guarded, Test, compare, launched, watch
 
 from deeprelax_cuda.backends import cpu, cuda, tables
 

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from functools import lru_cache
 
 import contract_cases
-import numpy as np
 import torch
-from contract_cases import CASES, CPU, DTYPES, Case, Guarded, arrays_of, run, same, tensors_of, to_torch, whole
+from contract_cases import CPU, DTYPES, Case, Guarded, inputs_for, run, same, where, whole
 from torch import Tensor
 
 from deeprelax_cuda.native import module as native
 from deeprelax_cuda.noise import Place
-from deeprelax_cuda.steps import Tensors
 
 F32, F64, BF16, F16 = DTYPES
-BY_NAME = {case.name: case for case in CASES}
 #: The device's index of the host.
 HOST = 0
 
@@ -79,17 +75,6 @@ def read_packet(address: int) -> None:
     _host.host_read(ctypes.c_void_p(address))
 
 
-@lru_cache(maxsize=64)
-def inputs_of(numel: int, dtype: torch.dtype, seed: int, average: str, masters: bool) -> dict[str, np.ndarray]:
-    family = {"m": "langevin", "p": "gradient_average"}[average]
-    return arrays_of(numel, dtype, seed, Case("", {"family": family}, masters=masters))
-
-
-def inputs_for(case: Case, dtype: torch.dtype, sizes: list[int]) -> list[dict[str, np.ndarray]]:
-    average = "m" if case.scalars.get("family", "langevin") == "langevin" else "p"
-    return [inputs_of(n, dtype, n, average, case.masters) for n in sizes]
-
-
 def compare(
     case: Case,
     dtype: torch.dtype,
@@ -109,20 +94,3 @@ def compare(
         for key in b:
             assert same(a[key], b[key]), f"{key} of tensor {i} with {sizes[i]} elements, {where(a[key], b[key])}"
     assert all(guard.intact() for guard in guards)
-
-
-def where(a: Tensor, b: Tensor) -> str:
-    differ = ~((a == b) | (a.isnan() & b.isnan()))
-    return f"at {differ.nonzero().flatten()[:8].tolist()} and others, {int(differ.sum())} in all"
-
-
-def plan_inputs(name: str, dtype: torch.dtype, sizes: list[int]) -> tuple[list[dict[str, Tensor]], Tensors]:
-    case = BY_NAME[name]
-    roles = [{key: to_torch(a) for key, a in arrays.items()} for arrays in inputs_for(case, dtype, sizes)]
-    return roles, tensors_of(case, roles, range(len(sizes)), [whole(n) for n in sizes])
-
-
-def assert_equal(got: list[dict[str, Tensor]], want: list[dict[str, Tensor]], when: object) -> None:
-    for i, (a, b) in enumerate(zip(got, want, strict=True)):
-        for key in b:
-            assert same(a[key], b[key]), f"{key} of tensor {i} after {when}, {where(a[key], b[key])}"

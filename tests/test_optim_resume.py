@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from contract_cases import BACKENDS, backend, same
+from contract_cases import CPU_SETS, backend, same
 from optim_runs import KINDS, METHODS, L, counters, snapshot
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -37,7 +37,7 @@ from deeprelax_cuda import backends
 END = 3 * L + 1  # inner steps of a whole run
 POSITIONS = range(2 * L + 1)
 #: The backends of the other process: the reference one, and of the C++ one the instruction set that is not the usual choice.
-OTHER_BACKENDS = list(dict.fromkeys((BACKENDS[0], BACKENDS[-1])))
+OTHER_BACKENDS = list(dict.fromkeys(("eager", *(f"cpu-{name}" for name in CPU_SETS[-1:]))))
 SHAPES = {"weight": (5, 4), "bias": (5,), "kernel": (2, 3, 2, 2), "scale": (), "none": (0, 3)}
 
 

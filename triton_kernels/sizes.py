@@ -20,7 +20,7 @@ class Size(NamedTuple):
 _NVIDIA = {2: Size(1024, 4), 4: Size(512, 4), 8: Size(512, 4)}
 _AMD = {2: Size(2048, 4), 4: Size(1024, 4), 8: Size(1024, 4)}
 #: The interpreter works in numpy, a block at a time.
-_INTERPRETER = {2: Size(4096, 1), 4: Size(4096, 1), 8: Size(4096, 1)}
+_INTERPRETER = {2: Size(16384, 1), 4: Size(16384, 1), 8: Size(16384, 1)}
 
 
 def size_of(itemsize: int, target: str) -> Size:

@@ -33,9 +33,11 @@ def rows_of(tensors: Tensors, block: int) -> tuple[list[int], list[int]]:
     """Return the table of a call's tensors, one row after the other, and the number of blocks of each.
 
     Args:
-        tensors: those of the call, at least one.
+        tensors: those of the call.
         block: the elements of a block.
     """
+    if not tensors.params:
+        return [], []
     itemsize = tensors.params[0].element_size()
     state_size = compute_type(tensors.params[0].dtype).itemsize
     state = {

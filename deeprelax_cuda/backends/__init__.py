@@ -9,13 +9,17 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import time
 import warnings
-from typing import NamedTuple, Protocol, cast
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from deeprelax_cuda.steps import Plan, Tensors
+from deeprelax_cuda.noise import Place
+from deeprelax_cuda.steps import Plan, Scalars, Tensors, compute_type
 
 #: For each type of device, the backends that may serve it, the preferred one first.
 ORDER = {
@@ -98,6 +102,57 @@ def select(device: torch.device | str, dtype: torch.dtype, name: str = "auto") -
 def make_plan(name: str, tensors: Tensors) -> Plan:
     """Return the plan of the backend ``name`` for the tensors of a call, which have been checked."""
     return load(name).make_plan(tensors)
+
+
+# The inner step of EntropySGD at its defaults. What matters of the numbers is which are 0; these need no rounding.
+_EVERYDAY = Scalars(eta=0.125, k=2.0**-13, s=2.0**-14, a=0.25, mu=0.5, nesterov=True, lr=0.125, mu_o=0.5, nesterov_o=True)
+
+
+def warm_up(params: Any, *, backend: str = "auto") -> float:
+    """Do now what the first steps would otherwise wait for: compile kernels (Triton) and load them. Return its seconds.
+
+    Parameters, gradients and state are left alone: the steps are taken on tensors of one element. Triton keeps what it has
+    compiled on disk, so that the next process waits less. What a process has waited for is in ``optimizer.explain()``.
+
+    Args:
+        params: an optimizer of this package, whose own steps are made ready; or tensors, or param groups, of any number: then
+            the steps of `deeprelax_cuda.EntropySGD` at its defaults are, for each type and device among them.
+        backend: for parameters, the backend that is to serve them; an optimizer has an option of that name.
+
+    Raises:
+        ValueError, RuntimeError: as `select`.
+    """
+    began = time.perf_counter()
+    if hasattr(params, "param_groups"):
+        params.rehearse()
+        return time.perf_counter() - began
+    kinds = dict.fromkeys((p.device, p.dtype) for p in _tensors_of(params))
+    for device, dtype in kinds:
+        plan_of = load(select(device, dtype, backend).name).make_plan
+
+        def one(dtype: torch.dtype, device: torch.device = device) -> list[Tensor]:
+            return [torch.zeros(1, dtype=dtype, device=device)]
+
+        y, g = one(dtype), one(dtype)
+        x, m, v, w = (one(compute_type(dtype)) for _ in range(4))
+        inner = Tensors(y, anchors=x, averages=m, momenta=v, numbers=[0], places=[Place(0, 1, 1)])
+        plan_of(inner).run(g, _EVERYDAY)
+        plan_of(replace(inner, outer_momenta=w)).run(g, replace(_EVERYDAY, outer=True))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def _tensors_of(params: Tensor | Iterable[Any]) -> Iterable[Tensor]:
+    if isinstance(params, Tensor):
+        return [params]
+    return [p for item in params for p in _tensors_of(item["params"] if isinstance(item, dict) else item)]
+
+
+def waited(name: str) -> str:
+    """Return how long this process has waited for the kernels of a backend, in words; empty where there was no waiting."""
+    seconds = getattr(load(name), "compiled", [])
+    return f"{len(seconds)} kernels compiled in {sum(seconds):.1f} s" if seconds else ""
 
 
 def _order(device: torch.device) -> tuple[str, ...]:

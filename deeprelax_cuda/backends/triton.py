@@ -88,12 +88,16 @@ def _no_driver(index: int) -> str | None:
 
 
 class Launch(NamedTuple):
-    """A kernel by name, how many blocks of it, and its arguments: those of run time, then those settled when it is compiled."""
+    """A kernel by name, how many blocks of it, and its arguments in their order: ``integers`` are int64 whatever they are.
+
+    ``settled`` are those for whose values a kernel is compiled.
+    """
 
     kernel: str
     blocks: int
     warps: int
     arguments: tuple[Any, ...]
+    integers: tuple[int, ...]
     settled: tuple[Any, ...]
 
 
@@ -106,23 +110,23 @@ def _launch(launch: Launch, device: torch.device) -> None:
     Triton finds a compiled kernel by the types and values of all its arguments, which takes longer than to launch it; so those
     that are ready are kept here by what can differ.
     """
-    name, blocks, warps, arguments, settled = launch
+    name, blocks, warps, arguments, integers, settled = launch
     kernel = getattr(_load()[0], name)
     if device.type == "cpu":
-        kernel[blocks,](*arguments, *settled)
+        kernel[blocks,](*arguments, *integers, *settled)
         return
     key = name, device.index, settled, tuple(map(_type_of, arguments))
     with _on(device):
         if (ready := _ready.get(key)) is not None:
-            ready[blocks, 1, 1](*arguments, *settled)
+            ready[blocks, 1, 1](*arguments, *integers, *settled)
             return
         began = time.perf_counter()
-        _ready[key] = kernel[blocks,](*arguments, *settled, num_warps=warps, enable_fp_fusion=False)
+        _ready[key] = kernel[blocks,](*arguments, *integers, *settled, num_warps=warps, enable_fp_fusion=False)
         compiled.append(time.perf_counter() - began)
 
 
 def _type_of(argument: Any) -> Any:
-    """Return what tells apart the arguments that a kernel is compiled for; an int without a type takes 32 bits or 64."""
+    """Return what of an argument a kernel is compiled for; an int, which is the bits of a float64, has 32 bits where it can."""
     if isinstance(argument, int):
         return -(2**31) <= argument < 2**31
     return argument.dtype if isinstance(argument, Tensor) else type(argument)
@@ -243,8 +247,6 @@ class TritonPlan:
             None if clock is None else clock.numbers,
             inv_scale if inner else None,
             found_inf,
-            to_int64(sc.seed),
-            sc.step,
             number(sc.eta, inner and langevin),
             number(sc.k, inner and langevin and sc.k != 0.0 and clock is None),
             number(sc.s, noisy),
@@ -274,13 +276,13 @@ class TritonPlan:
             self._has_master,
             self._pitched and (noisy or stochastic),
         )
-        return Launch("step_kernel", len(self._blocks), self._warps, arguments, settled)
+        return Launch("step_kernel", len(self._blocks), self._warps, arguments, (to_int64(sc.seed), sc.step), settled)
 
     def _advance(self, clock: Clock, inner: bool, found_inf: Tensor | None) -> Launch:
         addresses = clock.step, clock.position, clock.outer_steps, clock.gamma, clock.lr, clock.period_steps, clock.numbers
         rule = clock.rule.inner_steps, *map(_bits, clock.rule[1:])
         settled = _stored(self._dtype), inner, clock.counts
-        return Launch("advance_kernel", 1, 1, (*addresses, found_inf, *rule), settled)
+        return Launch("advance_kernel", 1, 1, (*addresses, found_inf), rule, settled)
 
     def _encoded(self, value: float) -> float | int:
         """Return a scalar as a kernel takes it: Triton's own are float32, so one of float64 goes as its bits."""
@@ -343,6 +345,6 @@ def gaussian(numel: int, *, seed: int, step: int, stream: int, offset: int, devi
     block, warps = size_of(4, _target(out.device))
     if numel:
         blocks = -(-(numel + offset % 4) // block)
-        arguments = out, numel, to_int64(seed), step, stream, offset
-        _launch(Launch("gaussian_kernel", blocks, warps, arguments, (block,)), out.device)
+        integers = numel, to_int64(seed), step, stream, offset
+        _launch(Launch("gaussian_kernel", blocks, warps, (out,), integers, (block,)), out.device)
     return out

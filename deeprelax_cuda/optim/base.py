@@ -9,6 +9,7 @@ import contextlib
 import math
 import os
 from abc import abstractmethod
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -17,9 +18,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from deeprelax_cuda import backends
 from deeprelax_cuda.clock import Clock
 from deeprelax_cuda.noise import check_seed, check_step
-from deeprelax_cuda.optim.clocks import Clocks, counts_in_numbers, device_of, in_numbers, is_capturing
+from deeprelax_cuda.optim.clocks import Clocks, counts_in_numbers, device_of, in_numbers, is_capturing, set_number
 from deeprelax_cuda.optim.describe import Notes, Seen, describe, gamma_notes, outer_notes
 from deeprelax_cuda.optim.launches import Call, Launch, Launches, Needs
 from deeprelax_cuda.optim.options import check_gamma_rule, check_loop_options, resolve_seed, select_backend, warn_user
@@ -234,8 +236,32 @@ class RelaxationOptimizer(TwoWeights):
         lines = []
         for device, dtype in dict.fromkeys((p.device, p.dtype) for group in self.param_groups for p in group["params"]):
             name, reason = select_backend(first, device, dtype)
-            lines.append(f"{name} for {str(dtype).removeprefix('torch.')} parameters on {device}: {reason}")
+            waited = f"; {said}" if (said := backends.waited(name)) else ""
+            lines.append(f"{name} for {str(dtype).removeprefix('torch.')} parameters on {device}: {reason}{waited}")
         return "\n".join(lines)
+
+    def rehearse(self) -> None:
+        """Take steps of each kind with these options on other parameters, of one element: `deeprelax_cuda.backends.warm_up`.
+
+        All that the coming steps need is then compiled and loaded, but for gradient scaling; this optimizer is left alone.
+        """
+        groups = []
+        for group in map(in_numbers, self.param_groups):
+            kinds = dict.fromkeys((p.device, p.dtype) for p in group["params"])
+            params = [torch.zeros(1, device=device, dtype=dtype, requires_grad=True) for device, dtype in kinds]
+            groups.append({**group, **dict.fromkeys(COUNTERS, 0), "params": params, "closure_mode": "once", "train_mode": True})
+        other = type(self).__new__(type(self))
+        other.__setstate__({"defaults": self.defaults, "state": defaultdict(dict), "param_groups": groups})
+        for p in [p for group in groups for p in group["params"]]:
+            p.grad = torch.zeros_like(p)
+        # The first two of a period, whose averages may differ, and the last; with capturable a step has them all.
+        last = groups[0]["inner_steps"] - 1
+        for position in (0, 1, last):
+            for group in other.param_groups:
+                set_number(group, "position", min(position, last))
+            other.step()
+        for device in {p.device for group in groups for p in group["params"] if p.is_cuda}:
+            torch.cuda.synchronize(device)
 
     def describe(self) -> str:
         """Return what the options amount to, in words and numbers, with advice where a setting does nothing or does harm.
