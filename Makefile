@@ -5,7 +5,7 @@
 # a C++ compiler makes the fast backend (without one the package runs on eager torch).
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := $(shell find csrc deeprelax_cuda bench -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.json') \
+SOURCES := $(shell find csrc deeprelax_cuda triton_kernels bench -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.json') \
 	CMakeLists.txt setup.py pyproject.toml
 NATIVE := $(shell find csrc tests/cpp examples -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 

@@ -6,6 +6,7 @@ What a machine merely lacks (a GPU, Triton, a compiler) is a note. A problem is 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -29,6 +30,8 @@ from deeprelax_cuda.golden import selftest
 
 #: Written by the kernel module of the NVIDIA driver while it is loaded.
 DRIVER = Path("/proc/driver/nvidia/version")
+#: Importing it imports Triton.
+KERNELS = "deeprelax_cuda.triton_kernels.kernels"
 
 
 @dataclass
@@ -96,18 +99,32 @@ def _versions() -> Findings:
 
 
 def _triton() -> Findings:
-    """Import Triton in a process of its own: it loads compilers and drivers, which may fail in ways that nobody can catch."""
     if importlib.util.find_spec("triton") is None:
-        return Findings({"version": None, "error": None}, [("version", "none: not installed")])
+        advice = "to have the triton backend, install triton (torch for CUDA or ROCm brings it)"
+        return Findings({"version": None, "error": None}, [("version", "none: not installed"), ("advice", advice)])
     version = machine.versions()["triton"]
     rows = [("version", version or "unknown")]
-    code = f"import sys; sys.path[:] = {sys.path!r}; import triton"
+    if (said := _why_not_imported("triton", *sys.path)) is not None:
+        problem = f"triton: {version} is installed but cannot be imported: {said}"
+        return Findings({"version": version, "error": said}, [*rows, ("import", f"fails: {said}")], [problem])
+    rows.append(("import", "works"))
+    if (said := _why_not_imported(KERNELS, *sys.path)) is not None:
+        problem = f"triton: the kernels cannot be loaded with {version}: {said}"
+        return Findings({"version": version, "error": said}, [*rows, ("kernels", f"cannot be loaded: {said}")], [problem])
+    return Findings({"version": version, "error": None}, [*rows, ("kernels", "can be loaded")])
+
+
+@functools.lru_cache(maxsize=8)
+def _why_not_imported(module: str, *path: str) -> str | None:
+    """Import a module in a process of its own, and return what it says when it fails.
+
+    Triton loads compilers and drivers, which may fail in ways that nobody can catch.
+    """
+    code = f"import sys; sys.path[:] = {list(path)!r}; import {module}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     if done.returncode == 0:
-        return Findings({"version": version, "error": None}, [*rows, ("import", "works")])
-    said = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
-    problem = f"triton: {version} is installed but cannot be imported: {said}"
-    return Findings({"version": version, "error": said}, [*rows, ("import", f"fails: {said}")], [problem])
+        return None
+    return (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
 
 
 def _native() -> Findings:
@@ -203,7 +220,14 @@ def _devices() -> list[str]:
 
 
 def _unavailable(name: str, device: str) -> str | None:
+    if name == "triton" and device != "cpu" and (said := _why_not_imported(KERNELS, *sys.path)):
+        return f"the triton kernels cannot be loaded: {said}"
     return backends.load(name).unavailable(torch.device(device), torch.float32)
+
+
+def _triton_should_serve() -> bool:
+    there = importlib.util.find_spec("triton") is not None and torch.cuda.is_available()
+    return there and os.environ.get("TRITON_INTERPRET", "0") == "0"
 
 
 def _backends() -> Findings:
@@ -221,6 +245,8 @@ def _backends() -> Findings:
                 problems.append(f"backends: {name} cannot be asked about {device} tensors: {reasons[name]}")
         if (reason := reasons.get("cuda")) and device == "cuda" and torch.version.cuda and cpu.build_info().get("nvcc"):
             problems.append(f"backends: this build has CUDA kernels, but cannot use them: {reason}")
+        if (reason := reasons.get("triton")) and device == "cuda" and _triton_should_serve():
+            problems.append(f"backends: Triton is installed, but cannot serve {device} tensors: {reason}")
         chosen = None
         try:
             chosen = backends.select(device, torch.float32).name

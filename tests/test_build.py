@@ -41,6 +41,7 @@ def sources(tmp_path: Path) -> Path:
         "csrc",
         "deeprelax_cuda",
         "bench",
+        "triton_kernels",
     )
     target = tmp_path / "sources"
     target.mkdir()
