@@ -8,7 +8,7 @@
 #
 # What is kept of a run is OUT/bench.json: commit it as bench/results/gpu-<device>-<date>.json.
 #
-# It needs torch, numpy, pytest, hypothesis, pybind11, cmake, ninja and nvcc.
+# It needs torch, numpy, pytest, hypothesis, pybind11, cmake, ninja and nvcc; for the Triton backend Triton and a C compiler.
 #
 # Environment: PYTHON (default python3); DEEPRELAX_COMMIT, the commit of a source tree without .git; DATA_ROOT, a folder with
 # MNIST, to train on that instead of scikit-learn's digits; GPU_BUDGET, seconds for everything (default 560).
@@ -40,7 +40,9 @@ SUMMARY=$OUT/summary.txt
 : > "$SUMMARY"
 FAILED=0
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
-unset PYTHONSAFEPATH
+# What Triton compiles in one part is ready in the next; nothing of it stays, and nothing from before is taken.
+export TRITON_CACHE_DIR=$WORK/triton
+unset PYTHONSAFEPATH TRITON_INTERPRET
 
 # All commands run in $WORK, where no source tree takes the place of what was built.
 cd "$WORK" || exit 1
@@ -94,7 +96,7 @@ with_cmake() {
     cmake --build "$folder" &&
     mkdir -p "$SITE" &&
     cp -R "$ROOT/deeprelax_cuda" "$SITE/deeprelax_cuda" &&
-    cp -R "$ROOT/bench" "$SITE/deeprelax_cuda/bench" &&
+    cp -R "$ROOT/bench" "$ROOT/triton_kernels" "$SITE/deeprelax_cuda" &&
     rm -f "$SITE"/deeprelax_cuda/_native*.so &&
     cmake --install "$folder" --prefix "$SITE/deeprelax_cuda" --component python
 }
@@ -102,7 +104,7 @@ with_cmake() {
 build() {
   # pip builds in the source tree; so it gets one of its own.
   mkdir "$WORK/source" &&
-    cp -R "$ROOT/csrc" "$ROOT/deeprelax_cuda" "$ROOT/bench" "$ROOT"/{CMakeLists.txt,setup.py,pyproject.toml,README.md,LICENSE} \
+    cp -R "$ROOT"/{csrc,deeprelax_cuda,bench,triton_kernels,CMakeLists.txt,setup.py,pyproject.toml,README.md,LICENSE} \
       "$WORK/source" && rm -f "$WORK"/source/deeprelax_cuda/_native*.so && { with_pip || with_cmake; }
 }
 
@@ -129,7 +131,7 @@ fi
 # What no other machine can show comes first, should the time run out.
 mapfile -t OTHERS < <(grep -rlE 'mark\.gpu|NEEDS_GPU' "$ROOT/tests" --include='test_*.py' --exclude-dir=gpu | sort)
 FILES=("$ROOT"/tests/gpu/test_{launches,graphs,streams,training,large,equality}.py "${OTHERS[@]}")
-part "tests" 170 tests.log "$PYTHON" -m pytest -c "$ROOT/pyproject.toml" --rootdir "$ROOT" -m gpu --durations=8 "${FILES[@]}"
+part "tests" 210 tests.log "$PYTHON" -m pytest -c "$ROOT/pyproject.toml" --rootdir "$ROOT" -m gpu --durations=8 "${FILES[@]}"
 tail -n 25 "$OUT/tests.log"
 
 part "benchmarks" 185 bench.log "$PYTHON" -m deeprelax_cuda.bench.gpu_step --out "$OUT/bench.json" --budget 140 --commit "$COMMIT"
@@ -146,7 +148,7 @@ fi
 
 # ---- compute-sanitizer -------------------------------------------------------------------------------------------------------
 # On tests that start no kernels but ours, as everything takes many times as long; without torch's cache of memory, inside which
-# an access out of bounds is none.
+# an access out of bounds is none. Triton's kernels, a few of them, are those that the tests have compiled.
 
 SANITIZER=$(command -v compute-sanitizer || true)
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1

@@ -3,10 +3,12 @@
 On each list of tensors every contender takes its step in turn, on one of two sets of tensors, the L2 cache flushed before; the
 device is kept busy until the host has queued the step, so that the time between the two events is the device's and not the
 host's. The host's own time, the first call's (which compiles) and the number of launches have columns of their own. A
-contender whose result is wrong is told, and ends the program with status 1.
+contender whose result is wrong is told, and ends the program with status 1, as one of ours does that does not run; one of our
+backends that cannot serve here is left out with a line that says why.
 
 Bandwidths count the contract's bytes: 24 an element of the float32 step, 32 with momentum, 18 for bfloat16 with float32 state.
-`fraction_of_copy` compares them with a copy of as many bytes in the same rounds.
+`fraction_of_copy` compares them with a copy of as many bytes in the same rounds. `over_cuda` and `over_compile` are a row's
+time over that of our CUDA kernels and of the faster torch.compile, `host_over_cuda` is the host's: below 1 is faster.
 """
 
 from __future__ import annotations
@@ -16,27 +18,33 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deeprelax_cuda import machine
+from deeprelax_cuda import backends, machine
 from deeprelax_cuda.backends import cpu
 from deeprelax_cuda.bench.formulas import Roles, Terms, wrong
 from deeprelax_cuda.bench.gpu_workloads import (
+    COMPILED,
     CONTRACT,
     COPY,
+    FUSED,
     OPTIMIZER,
+    OPTIMIZERS,
     OTHERS,
     OURS,
     SGD,
+    TRITON,
     Make,
     Workload,
     bytes_per_element,
     contenders,
+    is_ours,
     make_roles,
     workloads,
 )
@@ -82,7 +90,8 @@ def check(contender: Contender, roles: Roles, terms: Terms) -> None:
     if contender.name == COPY:
         return
     after = look(roles)
-    whole = contender.name not in (OPTIMIZER, *SGD)  # their own anchors and averages are new, and their momenta are zero
+    # Optimizers' own anchors and averages are new, and their momenta are zero.
+    whole = contender.name not in (*OPTIMIZERS.values(), *SGD)
     y, g, x, m, v = before
     if not whole:
         v = torch.zeros_like(v)
@@ -138,28 +147,39 @@ def prepare(name: str, make: Make, sets: Sequence[Roles], terms: Terms) -> Conte
     return contender
 
 
-def measure(workload: Workload, seconds: float, most: int, flush: Callable[[], object]) -> list[Contender]:
+def serving(device: torch.device) -> dict[str, str | None]:
+    """Return why those of our backends that are measured cannot serve on the device, None for who can."""
+    return {backend: backends.load(backend).unavailable(device, torch.float32) for backend in FUSED}
+
+
+def measure(
+    workload: Workload, served: Mapping[str, str], seconds: float, most: int, flush: Callable[[], object]
+) -> tuple[list[Contender], list[str]]:
     """Check all contenders of a workload, then time them in turn for about so many seconds, at least three rounds.
 
-    A rival that does not run, such as torch.compile without a compiler, is left out with a line that says why.
+    One that does not run, such as torch.compile without a compiler, is left out with a line that says why, so that the others
+    are measured all the same. Returned are those that were, and the names of ours among those that were not.
     """
     device = torch.device("cuda")
     sets = [make_roles(workload, device, seed) for seed in range(2)]
-    measured = []
-    for name, make in contenders(workload, device).items():
+    measured, broken = [], []
+    for name, make in contenders(workload, device, served).items():
         try:
             measured.append(prepare(name, make, sets, workload.terms))
         except Exception as error:  # whatever another's code may raise
-            if name in (OURS, OPTIMIZER, COPY):
+            if name == COPY:
                 raise
             print(f"{workload.name}: {name} is left out: {type(error).__name__}: {str(error).splitlines()[:1]}")
+            if is_ours(name):
+                traceback.print_exc()
+                broken.append(name)
     until = time.monotonic() + seconds
     for round_ in range(most):
         if round_ >= 3 and time.monotonic() > until:
             break
         for i, contender in enumerate(measured):
             sample(contender, contender.steps[(round_ + i) % 2], flush)
-    return measured
+    return measured, broken
 
 
 def rows_of(workload: Workload, measured: Sequence[Contender], facts: dict[str, Any]) -> list[dict[str, Any]]:
@@ -188,27 +208,48 @@ def rows_of(workload: Workload, measured: Sequence[Contender], facts: dict[str, 
                 "wrong": contender.said,
             }
         )
-    copied = next(row["bytes_per_s"] for row in rows if row["contender"] == COPY)
-    rivals = [row["median_s"] for row in rows if row["contender"] not in (*OTHERS, OURS, OPTIMIZER, CONTRACT)]
+    by_name = {row["contender"]: row for row in rows}
+    rivals = [row for row in rows if not is_ours(row["contender"]) and row["contender"] not in (*OTHERS, CONTRACT)]
+    compiled = [by_name[name] for name in COMPILED if name in by_name]
     for row in rows:
-        row["fraction_of_copy"] = row["bytes_per_s"] / copied
-        row["fastest_contender_over_this"] = min(rivals) / row["median_s"]
+        cuda = by_name.get(OPTIMIZER if row["contender"] in OPTIMIZERS.values() else OURS)
+        row["fraction_of_copy"] = row["bytes_per_s"] / by_name[COPY]["bytes_per_s"]
+        row["fastest_contender_over_this"] = _over(min(rivals, key=_median, default=None), row)
+        row["over_cuda"] = _over(row, cuda)
+        row["over_compile"] = _over(row, min(compiled, key=_median, default=None))
+        row["host_over_cuda"] = _over(row, cuda, "host_median_s")
     return rows
+
+
+def _median(row: dict[str, Any]) -> float:
+    return float(row["median_s"])
+
+
+def _over(row: dict[str, Any] | None, other: dict[str, Any] | None, what: str = "median_s") -> float | None:
+    return None if row is None or other is None else row[what] / other[what]
 
 
 def line(row: dict[str, Any]) -> str:
     """Return a row of the table."""
-    terms = f"{row['dtype']}{'' if row['noise'] else ', quiet'}{', momentum' if row['momentum'] else ''}"
     launches = "?" if row["launches"] is None else row["launches"]
     return (
-        f"{row['workload']:12} {terms:18} {row['contender']:26} {1e3 * row['median_s']:9.4f} {row['bytes_per_s'] / 1e9:8.0f} "
-        f"{row['fraction_of_copy']:6.3f} {row['fastest_contender_over_this']:7.2f} {1e6 * row['host_median_s']:9.0f} "
+        f"{_step(row)} {row['contender']:28} {1e3 * row['median_s']:9.4f} {row['bytes_per_s'] / 1e9:8.0f} "
+        f"{row['fraction_of_copy']:6.3f} {_ratio(row['fastest_contender_over_this']):>7} {1e6 * row['host_median_s']:9.0f} "
         f"{launches:>8} {row['first_call_s']:8.2f}{'  WRONG: ' + row['wrong'] if row['wrong'] else ''}"
     )
 
 
+def _step(row: dict[str, Any]) -> str:
+    terms = f"{row['dtype']}{'' if row['noise'] else ', quiet'}{', momentum' if row['momentum'] else ''}"
+    return f"{row['workload']:12} {terms:18}"
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
 HEADER = (
-    f"{'tensors':12} {'step':18} {'contender':26} {'ms':>9} {'GB/s':>8} {'copy':>6} {'fastest':>7} {'host us':>9} "
+    f"{'tensors':12} {'step':18} {'contender':28} {'ms':>9} {'GB/s':>8} {'copy':>6} {'fastest':>7} {'host us':>9} "
     f"{'launches':>8} {'first s':>8}"
 )
 
@@ -239,19 +280,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("gpu_step: torch finds no CUDA device", file=sys.stderr)
         return 1
     began = time.monotonic()
+    reasons = serving(torch.device("cuda"))
+    for backend, reason in reasons.items():
+        if reason is not None:
+            print(f"{FUSED[backend]} is left out: {reason}")
+    served = {backend: backend for backend, reason in reasons.items() if reason is None}
+    if not served:
+        print("gpu_step: none of our backends can serve", file=sys.stderr)
+        return 1
     facts = device_facts(options.commit)
     settings = {"rounds": options.rounds, "seconds": options.seconds}
-    head = {"platform": machine.platform(), "build": cpu.build_info(), "settings": settings}
+    head = {"platform": machine.platform(), "build": cpu.build_info(), "settings": settings, "left_out": reasons}
     cache = torch.ones(FLUSH_BYTES // 4, device="cuda")
     total = torch.empty((), device="cuda")
     rows: list[dict[str, Any]] = []
+    broken: list[str] = []
     print(HEADER)
     for workload in workloads():
         if time.monotonic() - began > options.budget:
             print(f"{workload.name}: not measured, as the time is up")
             continue
         # Read, not written: lines that still have to go to memory would cost the next step.
-        measured = measure(workload, options.seconds, options.rounds, lambda: torch.sum(cache, 0, out=total))
+        measured, failed = measure(workload, served, options.seconds, options.rounds, lambda: torch.sum(cache, 0, out=total))
+        broken += [f"{workload.name}: {name}" for name in failed]
         new = rows_of(workload, measured, facts)
         rows += new
         print("\n".join(map(line, new)), flush=True)
@@ -261,16 +312,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.compiler.reset()
         gc.collect()
         torch.cuda.empty_cache()
-    print_summary(rows)
-    return int(any(row["wrong"] for row in rows))
+    print_summary(rows, broken)
+    return int(bool(broken) or any(row["wrong"] for row in rows))
 
 
-def print_summary(rows: Sequence[dict[str, Any]]) -> None:
-    """Print our rows once more: fractions of a copy, ratios to the fastest contender."""
+def print_summary(rows: Sequence[dict[str, Any]], broken: Sequence[str]) -> None:
+    """Print our rows once more: fractions of a copy, ratios to the fastest contender; then Triton's rows beside the others'."""
     print(f"\nours\n{HEADER}")
     for row in rows:
-        if row["contender"] in (OURS, OPTIMIZER):
+        if is_ours(row["contender"]):
             print(line(row))
+    print(f"\n{TRITON}: its time over that of our CUDA kernels and of torch.compile, its host time over theirs")
+    for row in rows:
+        if row["contender"] in (TRITON, OPTIMIZERS["triton"]):
+            ratios = [_ratio(row[name]) for name in ("over_cuda", "over_compile", "host_over_cuda")]
+            print(f"{_step(row)} {row['contender']:28} {ratios[0]:>6} cuda {ratios[1]:>6} compile {ratios[2]:>6} host")
+    for name in broken:
+        print(f"DOES NOT RUN {name}")
 
 
 def _wait(device: torch.device) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -33,11 +35,21 @@ from deeprelax_cuda.bench.shapes import Shape, elements, gpt2_small, resnet50
 from deeprelax_cuda.noise import Place
 from deeprelax_cuda.steps import Scalars, Tensors, compute_type, round_scalar
 
-OURS, OPTIMIZER, CONTRACT = "fused cuda", "EntropySGD.step()", "contract in eager torch"
+#: Our steps, and the optimizer's whole ones, by the backends that take them.
+FUSED = {"cuda": "fused cuda", "triton": "fused triton"}
+OPTIMIZERS = {"cuda": "EntropySGD.step()", "triton": "EntropySGD.step(), triton"}
+OURS, TRITON, OPTIMIZER, CONTRACT = FUSED["cuda"], FUSED["triton"], OPTIMIZERS["cuda"], "contract in eager torch"
+COMPILED = {"torch.compile": False, "torch.compile, ATen noise": True}
 COPY = "copy_ of as many bytes"
 SGD = {"SGD, foreach": {"foreach": True}, "SGD, fused": {"fused": True}}
 #: Those who take another step: what the copy is for, and what users have today.
 OTHERS = (COPY, *SGD)
+#: By bytes of the stored type, what triton_kernels/sizes.py might say instead: elements of a block, and its warps. The first
+#: have as many elements a thread as now, the others twice as many, four times as many, or half.
+SIZES = {
+    4: [(256, 2), (1024, 8), (1024, 4), (2048, 8), (2048, 4)],
+    2: [(512, 2), (2048, 8), (2048, 4), (4096, 4), (1024, 8)],
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,8 @@ class Workload:
 
     ``rivals``: whether all contenders are measured, or only ours and the fastest eager ones. ``compile_too``: whether
     torch.compile is among them; of a list of many tensors it would make a program for minutes. ``optimizers``: whether whole
-    optimizers are measured, whose host time is what many tensors cost.
+    optimizers are measured, whose host time is what many tensors cost. ``sizes``: whether the rivals are ours, Triton's kernels
+    at other sizes of blocks.
     """
 
     name: str
@@ -56,6 +69,7 @@ class Workload:
     rivals: bool = True
     compile_too: bool = False
     optimizers: bool = False
+    sizes: bool = False
 
     @property
     def elements(self) -> int:
@@ -77,6 +91,11 @@ def bytes_per_element(name: str, dtype: torch.dtype, terms: Terms) -> int:
     return 3 * stored + 3 * state + (2 * state if terms.momentum else 0)
 
 
+def is_ours(name: str) -> bool:
+    """Whether a contender is a step or an optimizer of this package's fused backends, at any size of blocks."""
+    return name.startswith(("fused ", OPTIMIZER))
+
+
 def workloads() -> list[Workload]:
     """Return all that is measured, the most wanted first: what there is no time for is left out."""
     quiet, momentum, bfloat16 = Terms(noise=False), Terms(momentum=True), torch.bfloat16
@@ -94,6 +113,8 @@ def workloads() -> list[Workload]:
         single(2**25, terms=quiet, compile_too=True),
         single(2**25, terms=momentum, compile_too=True),
         single(2**25, dtype=bfloat16, compile_too=True),
+        replace(single(2**26, sizes=True), name="2^26, sizes"),
+        replace(single(2**26, sizes=True, dtype=bfloat16), name="2^26, sizes"),
         single(2**25 + 1, rivals=False),
         Workload("GPT-2 small", gpt2_small(), dtype=bfloat16),
     ]
@@ -132,14 +153,18 @@ def make_roles(workload: Workload, device: torch.device, seed: int) -> Roles:
 Make = Callable[[Roles], Callable[[], object]]
 
 
-def ours(backend: str, terms: Terms) -> Make:
-    """Return the step of a backend as the optimizers take it: everything prepared but the gradients' addresses."""
+def ours(backend: str, terms: Terms, size: tuple[int, int] | None = None) -> Make:
+    """Return the step of a backend as the optimizers take it: everything prepared but the gradients' addresses.
+
+    ``size``: the elements and the warps of Triton's blocks, in place of those of its table.
+    """
 
     def make(roles: Roles) -> Callable[[], object]:
         numels = [t.numel() for t in roles.y]
         places = [Place(0, max(n, 1), max(n, 1)) for n in numels]
         tensors = Tensors(roles.y, roles.x, roles.m, roles.v, numbers=range(len(numels)), places=places)
-        plan, counter = backends.make_plan(backend, tensors), itertools.count()
+        with of_size(size):
+            plan, counter = backends.make_plan(backend, tensors), itertools.count()
         numbers = {"eta": ETA, "k": K, "a": A, "s": S if terms.noise else 0.0, "mu": MU if terms.momentum else 0.0}
         dtype = roles.y[0].dtype
         rounded = {name: round_scalar(name, value, dtype) for name, value in numbers.items()}
@@ -147,6 +172,15 @@ def ours(backend: str, terms: Terms) -> Make:
         return lambda: plan.run(roles.g, replace(scalars, step=next(counter)))
 
     return make
+
+
+def of_size(size: tuple[int, int] | None) -> AbstractContextManager[object]:
+    """Have plans of the triton backend that are made meanwhile be for blocks of another size."""
+    if size is None:
+        return nullcontext()
+    from deeprelax_cuda.triton_kernels import sizes
+
+    return mock.patch.object(sizes, "size_of", return_value=sizes.Size(*size))
 
 
 def of_roles(step: Step) -> Make:
@@ -162,7 +196,7 @@ def params_of(roles: Roles) -> list[Tensor]:
     return params
 
 
-def entropy_sgd(terms: Terms) -> Make:
+def entropy_sgd(backend: str, terms: Terms) -> Make:
     """Return whole steps of the optimizer, of which none ends a period."""
     options: dict[str, Any] = {
         "temperature": S**2 / (2 * ETA) if terms.noise else 0.0,
@@ -171,6 +205,7 @@ def entropy_sgd(terms: Terms) -> Make:
         "inner_steps": 2**30,
         "gamma": 1 / K,
         "scoping": 0.0,
+        "backend": backend,
     }
     return lambda roles: dr.EntropySGD(params_of(roles), inner_lr=ETA, averaging=1 - A, seed=1, **options).step
 
@@ -191,12 +226,18 @@ def copy(workload: Workload, device: torch.device) -> Make:
     return lambda roles: lambda: target.copy_(source)
 
 
-def contenders(workload: Workload, device: torch.device, backend: str = "cuda") -> dict[str, Make]:
-    """Return who is measured on a workload, by name; ``backend`` is whose step is ours."""
+def contenders(workload: Workload, device: torch.device, served: Mapping[str, str]) -> dict[str, Make]:
+    """Return who is measured on a workload, by name.
+
+    ``served``: for those of `FUSED` that are measured, who takes their steps: they themselves, or others where no GPU is.
+    """
     terms = workload.terms
-    makes = {
-        OURS: ours(backend, terms),
-        COPY: copy(workload, device),
+    makes = {FUSED[backend]: ours(server, terms) for backend, server in served.items()}
+    makes[COPY] = copy(workload, device)
+    if workload.sizes:
+        other = SIZES[workload.dtype.itemsize] if "triton" in served else []
+        return makes | {f"{TRITON}, {n} x {warps} warps": ours(served["triton"], terms, (n, warps)) for n, warps in other}
+    makes |= {
         "in-place eager": of_roles(one_by_one(in_place_eager, terms)),
         "torch._foreach_*": of_roles(lambda roles: foreach(roles, terms)),
     }
@@ -204,10 +245,9 @@ def contenders(workload: Workload, device: torch.device, backend: str = "cuda") 
         makes["naive eager"] = of_roles(one_by_one(naive_eager, terms))
         makes |= {name: sgd(terms, options) for name, options in SGD.items()}
     if workload.compile_too:
-        makes["torch.compile"] = of_roles(one_by_one(compiled(aten_noise=False), terms))
-        if terms.noise:
-            makes["torch.compile, ATen noise"] = of_roles(one_by_one(compiled(aten_noise=True), terms))
+        kinds = COMPILED.items() if terms.noise else [("torch.compile", False)]
+        makes |= {name: of_roles(one_by_one(compiled(aten_noise), terms)) for name, aten_noise in kinds}
         makes[CONTRACT] = ours("eager", terms)
     if workload.optimizers:
-        makes[OPTIMIZER] = entropy_sgd(terms)
+        makes |= {OPTIMIZERS[backend]: entropy_sgd(server, terms) for backend, server in served.items()}
     return makes

@@ -4,8 +4,9 @@ The tensors are so small that nearly all of a step is finding them and checking 
 each step, or new ones, as ``zero_grad(set_to_none=True)`` leaves them. In the third part there are as few tensors as in a small
 network, and matrix products between the steps empty the caches of all that a step needs, as the passes of a network do.
 
-The last part is the host's time of the CUDA backend up to its launches, for which no GPU is needed, beside that of a plan that
-does nothing: what is left then is the validation that every backend's step begins with.
+The last part is the host's time of the CUDA and the Triton backend up to their launches, for which no GPU is needed, beside
+that of a plan that does nothing: what is left then is the validation that every backend's step begins with. Neither asks for
+the current device and stream, as there are none, and what Triton itself does to launch a kernel that is ready is left out too.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 from unittest import mock
 
 import torch
@@ -25,7 +27,7 @@ from torch.optim import Optimizer
 
 import deeprelax_cuda as dr
 from deeprelax_cuda import backends, machine, native
-from deeprelax_cuda.backends import cpu, cuda
+from deeprelax_cuda.backends import cpu, cuda, triton
 from deeprelax_cuda.steps import Plan, Tensors
 
 OURS, THEIRS = "EntropySGD", "SGD, fused"
@@ -78,30 +80,80 @@ class NoWork:
         """Do nothing."""
 
 
-def measure_plans(count: int, numel: int, rounds: int) -> dict[str, float]:
-    """Return the median seconds of a step with each plan; the gradients are the same tensors at each step."""
-    plans: dict[str, Callable[[Tensors], Plan]] = {"no work": NoWork, "CPU": cpu.make_plan}
+class Timed:
+    """A plan that notes how long each of its runs takes: a step's own time differs more from step to step than a run takes."""
+
+    CAPTURABLE: ClassVar[bool] = True
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self.seconds: list[float] = []
+
+    def run(self, *args: Any, **kwargs: Any) -> None:
+        """Run the plan."""
+        start = time.perf_counter()
+        self._plan.run(*args, **kwargs)
+        self.seconds.append(time.perf_counter() - start)
+
+
+@contextmanager
+def not_launched() -> Iterator[None]:
+    """Have the Triton backend find its kernels, as if all were ready, and launch none."""
+    ready: dict[object, object] = {}
+
+    def find(launch: triton.Launch, device: torch.device) -> None:
+        getattr(triton._load()[0], launch.kernel)
+        ready.get((launch.kernel, device.index, launch.settled, tuple(map(triton._type_of, launch.arguments))))
+
+    with mock.patch.object(triton, "_launch", find):
+        yield
+
+
+def plans() -> dict[str, Callable[[Tensors], Plan]]:
+    """Return what is measured up to its launches, by name; a line says why one is left out."""
+    made: dict[str, Callable[[Tensors], Plan]] = {"no work": NoWork, "CPU": cpu.make_plan}
     if hasattr(native.module, "cuda_unavailable"):
-        plans["CUDA, not launched"] = cuda.make_plan
-    kinds = [(name, capturable) for name in plans for capturable in (False, True)]
+        made["CUDA, not launched"] = cuda.make_plan
+    else:
+        print("CUDA is left out: the native module has no CUDA code")
+    _, reason = triton._load()
+    if reason is None:
+        made["Triton, not launched"] = triton.make_plan
+    else:
+        print(f"Triton is left out: {reason}")
+    return made
+
+
+@not_launched()
+def measure_plans(count: int, numel: int, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the median seconds of a step with each plan, and of the plan's part in it; the gradients are the same tensors."""
+    makes = plans()
+    kinds = [(name, capturable) for name in makes for capturable in (False, True)]
     # One parameter of each in turn, so that all lie in memory alike.
     rows = [[torch.nn.Parameter(torch.ones(numel)) for _ in kinds] for _ in range(count)]
     steppers: dict[str, Callable[[], object]] = {}
+    timed: dict[str, Timed] = {}
     for (name, capturable), params in zip(kinds, zip(*rows, strict=True), strict=True):
         for p in params:
             p.grad = torch.full_like(p, 1e-3)
         optimizer = dr.EntropySGD(params, temperature=1e-8, seed=0, capturable=capturable)
-        make = plans[name]
-        with mock.patch.object(backends, "make_plan", lambda _, tensors, make=make: make(tensors)):
+        label, make = f"{name}{', capturable' if capturable else ''}", makes[name]
+
+        def make_timed(_: str, tensors: Tensors, label: str = label, make: Callable[[Tensors], Plan] = make) -> Timed:
+            timed[label] = Timed(make(tensors))
+            return timed[label]
+
+        with mock.patch.object(backends, "make_plan", make_timed):
             optimizer.step()  # makes state and plan
-        steppers[f"{name}{', capturable' if capturable else ''}"] = optimizer.step
+        steppers[label] = optimizer.step
     seconds: dict[str, list[float]] = {name: [] for name in steppers}
     for round_ in range(rounds):
         for name, step in random.Random(round_).sample(list(steppers.items()), len(steppers)):
             start = time.perf_counter()
             step()
             seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    runs = {name: statistics.median(plan.seconds) for name, plan in timed.items()}
+    return {name: statistics.median(times) for name, times in seconds.items()}, runs
 
 
 def main() -> None:
@@ -123,10 +175,9 @@ def main() -> None:
     for kind, medians in rows.items():
         for name, median in medians.items():
             print(f"{kind:20} {name:20} {1e3 * median:7.2f} ms {median / medians[THEIRS]:6.2f} of {THEIRS}")
-    plans = measure_plans(count, numel, rounds)
-    for name, median in plans.items():
-        above = 1e6 * (median - plans["no work, capturable" if name.endswith("capturable") else "no work"])
-        print(f"{'plans':20} {name:30} {1e6 * median:7.1f} us, {above:6.1f} us above the validation of a step")
+    steps, runs = measure_plans(count, numel, rounds)
+    for name, median in steps.items():
+        print(f"{'plans':20} {name:34} {1e6 * median:7.1f} us a step, {1e6 * runs[name]:6.1f} us beside its validation")
     if options.out:
         settings = {name: getattr(options, name) for name in ("count", "numel", "rounds", "threads")}
         result = {
@@ -135,7 +186,8 @@ def main() -> None:
             "build": cpu.build_info(),
             "settings": settings,
             "median_s": rows,
-            "plans_median_s": plans,
+            "plans_median_s": steps,
+            "plans_run_median_s": runs,
         }
         options.out.write_text(json.dumps(result, indent=1) + "\n")
 

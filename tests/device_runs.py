@@ -11,10 +11,16 @@ from contract_cases import Case, run, same
 from step_lists import Lists
 from torch import Tensor
 
+from deeprelax_cuda.backends import triton
+
 NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICE = torch.device("cuda")
-#: Of what the tests compare with the CPU's C++ backend.
-BACKENDS = ("cuda", "eager")
+NO_TRITON = triton.unavailable(DEVICE, torch.float32)
+NEEDS_TRITON = pytest.mark.skipif(NO_TRITON is not None, reason=NO_TRITON or "")
+TRITON = pytest.param("triton", marks=NEEDS_TRITON)
+#: Of our kernels, and of what the tests compare with the CPU's C++ backend.
+KERNELS = ("cuda", TRITON)
+BACKENDS = (*KERNELS, "eager")
 #: Cycles for which a stream is kept busy: half a second or so, in which a host that does not wait gets far ahead.
 LONG = 10**9
 

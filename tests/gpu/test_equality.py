@@ -10,7 +10,7 @@ import oracle
 import pytest
 import torch
 from contract_cases import CASES, CPU, DTYPES, SIZES, Case, arrays_of, to_torch, whole
-from device_runs import BACKENDS, DEVICE, NEEDS_GPU, assert_lists_equal, differences, lists_on, on_both
+from device_runs import BACKENDS, DEVICE, KERNELS, NEEDS_GPU, NEEDS_TRITON, assert_lists_equal, differences, lists_on, on_both
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from step_lists import BF16, F16, F32, F64, PLACES, SHAPES, STEPS, STREAMS, Lists
@@ -23,7 +23,27 @@ from deeprelax_cuda.steps import Tensors
 pytestmark = NEEDS_GPU
 
 BY_NAME = {case.name: case for case in CASES}
-KINDS = [pytest.param(c.name, d, id=f"{c.name}-{str(d)[6:]}") for c in CASES for d in c.dtypes]
+#: Triton compiles a kernel for each, which takes a second: one type a case, all types in turn.
+TRITON_TYPES = {case.name: case.dtypes[i % len(case.dtypes)] for i, case in enumerate(CASES)}
+KINDS = [
+    pytest.param(c.name, d, label, id=f"{c.name}-{str(d)[6:]}-{label}", marks=NEEDS_TRITON if label == "triton" else ())
+    for label in ("cuda", "triton", "eager")
+    for c in CASES
+    for d in c.dtypes
+    if label != "triton" or d == TRITON_TYPES[c.name]
+]
+#: Those for compute-sanitizer; of Triton's a few that have every term, each way of memory and each type.
+LITTLE = [kind for kind in KINDS if kind.values[2] == "cuda"]
+LITTLE += [
+    pytest.param(name, dtype, "triton", id=f"{name}-{str(dtype)[6:]}-triton", marks=NEEDS_TRITON)
+    for name, dtype in [
+        ("fused-outer-all", torch.float32),
+        ("gradient-average-fused", torch.float64),
+        ("masters", torch.bfloat16),
+        ("stochastic-fused", torch.bfloat16),
+        ("langevin", torch.float16),
+    ]
+]
 #: Where in memory tensors begin: anywhere; at full alignment; there but for y and g; all one element behind it.
 OFFSETS = {
     "scattered": lambda i, j, key: (5 * i + 3 * j) % 13,
@@ -39,14 +59,19 @@ def test_the_cuda_backend_serves() -> None:
         assert backends.select(DEVICE, dtype) == backends.Selection("cuda", "preferred for cuda tensors")
 
 
+@pytest.mark.parametrize("label", KERNELS)
+def test_a_backend_serves_who_asks_for_it(label: str) -> None:
+    for dtype in DTYPES:
+        assert backends.select(DEVICE, dtype, label).name == label
+
+
 @lru_cache(maxsize=4)
 def inputs_of(name: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> Any:
     inputs = [arrays_of(n, dtype, 100 + n, BY_NAME[name]) for n in sizes]
     return inputs, [3 * i + 1 for i in range(len(sizes))], [whole(n) for n in sizes]
 
 
-@pytest.mark.parametrize("label", BACKENDS)
-@pytest.mark.parametrize(("name", "dtype"), KINDS)
+@pytest.mark.parametrize(("name", "dtype", "label"), KINDS)
 def test_all_cases_at_all_sizes(name: str, dtype: torch.dtype, label: str) -> None:
     case, call = BY_NAME[name], inputs_of(name, dtype, SIZES)
     triples = on_both(case, dtype, label, *call)
@@ -61,26 +86,27 @@ def test_all_cases_at_all_sizes(name: str, dtype: torch.dtype, label: str) -> No
         assert still < (0.2 if dtype.itemsize == 2 else 1e-3)  # a narrow y may round back
 
 
-@pytest.mark.parametrize(("name", "dtype"), KINDS)
-def test_a_little_of_everything(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("name", "dtype", "label"), LITTLE)
+def test_a_little_of_everything(name: str, dtype: torch.dtype, label: str) -> None:
     """No kernel is started but the backend's: this is what bench/gpu.sh puts to compute-sanitizer."""
     call = inputs_of(name, dtype, (0, 1, 5, 17, 129, 1031))
     for offset in ("scattered", "aligned"):
-        assert differences(on_both(BY_NAME[name], dtype, "cuda", *call, offset=OFFSETS[offset])) == []
+        assert differences(on_both(BY_NAME[name], dtype, label, *call, offset=OFFSETS[offset])) == []
 
 
+@pytest.mark.parametrize("label", KERNELS)
 @pytest.mark.parametrize("offset", OFFSETS.values(), ids=OFFSETS.keys())
 @pytest.mark.parametrize("start", [0, 1, 2, 3])
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [("fused-outer", F32), ("nesterov", BF16), ("stochastic", BF16), ("masters", F16), ("gradient-average", F64)],
 )
-def test_any_alignment_of_memory_and_of_noise(name: str, dtype: torch.dtype, start: int, offset: Any) -> None:
+def test_any_alignment_of_memory_and_of_noise(name: str, dtype: torch.dtype, start: int, offset: Any, label: str) -> None:
     """Packets of 16 bytes and counters of four normals may begin at different elements, or at the same."""
     sizes = (1, 3, 8, 31, 256, 2049)
     inputs, numbers, _ = inputs_of(name, dtype, sizes)
     places = [as_place("place", start, n) for n in sizes]
-    assert differences(on_both(BY_NAME[name], dtype, "cuda", inputs, numbers, places, offset=offset)) == []
+    assert differences(on_both(BY_NAME[name], dtype, label, inputs, numbers, places, offset=offset)) == []
 
 
 SHARDS = [
@@ -109,40 +135,53 @@ def test_a_shard_gets_its_slice_of_the_noise(name: str, dtype: torch.dtype, plac
         assert differences(on_both(BY_NAME[name], dtype, label, inputs, [5] * 4, places, offset=offset)) == []
 
 
+@pytest.mark.parametrize("label", KERNELS)
 @pytest.mark.parametrize("count", [1, 2, 35, 251, 252, 253, 287, 288, 289, 576, 577, 1000, 5000])
-def test_any_number_of_tensors(count: int) -> None:
+def test_any_number_of_tensors(count: int, label: str) -> None:
     case = BY_NAME["fused-outer"]
     sizes = [(7 * i) % 23 for i in range(count)]
     kinds = {n: arrays_of(n, F32, n, case) for n in set(sizes)}
     numbers = [(11 * i) % count for i in range(count)]
     call = [kinds[n] for n in sizes], numbers, [whole(n) for n in sizes]
-    assert differences(on_both(case, F32, "cuda", *call)) == []
+    assert differences(on_both(case, F32, label, *call)) == []
 
 
+@pytest.mark.parametrize("label", KERNELS)
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_any_list_in_any_case(data: Any) -> None:
+def test_any_list_in_any_case(label: str, data: Any) -> None:
     case = data.draw(st.sampled_from(CASES))
-    dtype = data.draw(st.sampled_from(case.dtypes))
+    dtype = data.draw(st.sampled_from(case.dtypes)) if label == "cuda" else TRITON_TYPES[case.name]
     sizes = data.draw(st.lists(st.integers(0, 3000), max_size=6))
     starts = data.draw(st.lists(st.integers(0, 2**40), min_size=len(sizes), max_size=len(sizes)))
     shifts = data.draw(st.lists(st.integers(0, 16), min_size=5, max_size=5))
     inputs = [arrays_of(n, dtype, n, case) for n in sizes]
     places = [Place(start, max(n, 1), max(n, 1)) for start, n in zip(starts, sizes, strict=True)]
     call = inputs, list(range(len(sizes))), places
-    assert differences(on_both(case, dtype, "cuda", *call, offset=lambda i, j, key: shifts[(i + j) % 5])) == []
+    assert differences(on_both(case, dtype, label, *call, offset=lambda i, j, key: shifts[(i + j) % 5])) == []
 
 
 # ---- The public steps -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("label", BACKENDS)
-@pytest.mark.parametrize("masters", [False, True])
-@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
+def for_kinds(kinds: dict[str, list[Any]]) -> list[Any]:
+    """Return (backend, kind) for the kinds of each backend."""
+    return [
+        pytest.param(label, *kind, id=f"{label}-{'-'.join(map(str, kind))}", marks=NEEDS_TRITON if label == "triton" else ())
+        for label, these in kinds.items()
+        for kind in these
+    ]
+
+
+NARROW_OR_NOT = [(F32, False), (F64, False), (BF16, False), (F16, False), (BF16, True), (F16, True)]
+
+
+@pytest.mark.parametrize(
+    ("label", "dtype", "masters"),
+    for_kinds({"cuda": NARROW_OR_NOT, "triton": [(F32, False), (BF16, True)], "eager": NARROW_OR_NOT}),
+)
 @pytest.mark.parametrize("name", STEPS)
 def test_public_steps(name: str, dtype: torch.dtype, masters: bool, label: str) -> None:
-    if masters and dtype in (F32, F64):
-        pytest.skip("masters are of narrow parameters")
     torch.manual_seed(0)
     here = Lists.of(dtype, (*SHAPES[:3], (300, 70)), masters=masters)
     there = lists_on(here, DEVICE)
@@ -155,9 +194,10 @@ def test_public_steps(name: str, dtype: torch.dtype, masters: bool, label: str) 
 
 @pytest.mark.parametrize("found", [0.0, 1.0, 2.0, float("nan")])
 @pytest.mark.parametrize("scale", [None, 0.3])
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("name", [name for name in STEPS if not name.startswith("outer")])
-@pytest.mark.parametrize("label", BACKENDS)
+@pytest.mark.parametrize(
+    ("label", "dtype"), for_kinds({"cuda": [(F32,), (BF16,)], "triton": [(F32,)], "eager": [(F32,), (BF16,)]})
+)
 def test_scales_on_the_device(label: str, name: str, dtype: torch.dtype, scale: float | None, found: float) -> None:
     torch.manual_seed(1)
     here = Lists.of(dtype, ((5, 3), (1030,)))

@@ -1,14 +1,19 @@
-"""CUDA graphs: replayed steps are the eager ones bit for bit, through the ends of periods and with what a scheduler writes."""
+"""CUDA graphs: replayed steps are the eager ones bit for bit, through the ends of periods and with what a scheduler writes.
+
+The eager steps are the CUDA backend's, whoever's the graph's are.
+"""
 
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from device_runs import DEVICE, NEEDS_GPU, assert_states_equal
+from device_runs import DEVICE, KERNELS, NEEDS_GPU, assert_lists_equal, assert_states_equal, lists_on
+from step_lists import F32, STEPS, Lists
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as lrs
 
@@ -54,6 +59,12 @@ class Run:
                 p.grad.copy_(p).sub_(aim)
         self.optimizer.step()
 
+    def step_with_new_gradients(self) -> None:
+        """Take a step with gradients that lie elsewhere than those of before."""
+        for p, aim in zip(self.params, self.aims, strict=True):
+            p.grad = p.detach() - aim
+        self.optimizer.step()
+
     def capture(self, steps: int) -> torch.cuda.CUDAGraph:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -76,11 +87,12 @@ def assert_same(graphed: Run, eager: Run) -> None:
     assert graphed.optimizer.at_outer_boundary == eager.optimizer.at_outer_boundary
 
 
+@pytest.mark.parametrize("label", KERNELS)
 @pytest.mark.parametrize("warm_up", [1, L, L + 2])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_replays_of_a_whole_period(kind: dict[str, Any], warm_up: int) -> None:
+def test_replays_of_a_whole_period(kind: dict[str, Any], warm_up: int, label: str) -> None:
     """Captured at any position of a period: the device, not the graph, knows where periods end."""
-    graphed, eager = Run(True, **kind), Run(False, **kind)
+    graphed, eager = Run(True, backend=label, **kind), Run(False, **kind)
     for run in (graphed, eager):
         for _ in range(warm_up):
             run.step()
@@ -94,9 +106,10 @@ def test_replays_of_a_whole_period(kind: dict[str, Any], warm_up: int) -> None:
     assert graphed.optimizer.stats()["outer_steps"] == (warm_up + 5 * L) // L
 
 
+@pytest.mark.parametrize("label", KERNELS)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_replays_of_one_step_through_ends_of_periods(kind: dict[str, Any]) -> None:
-    graphed, eager, clocked = Run(True, **kind), Run(False, **kind), Run(True, **kind)
+def test_replays_of_one_step_through_ends_of_periods(kind: dict[str, Any], label: str) -> None:
+    graphed, eager, clocked = Run(True, backend=label, **kind), Run(False, **kind), Run(True, backend=label, **kind)
     for run in (graphed, eager, clocked):
         run.step()
     graph = graphed.capture(1)
@@ -114,8 +127,9 @@ def test_replays_of_one_step_through_ends_of_periods(kind: dict[str, Any]) -> No
     assert all(torch.equal(p, q) for p, q in zip(graphed.params, eager.params, strict=True))
 
 
-def test_replays_are_the_steps_of_the_cpu() -> None:
-    graphed, there = Run(True), Run(False, device=torch.device("cpu"), backend="cpu")
+@pytest.mark.parametrize("label", KERNELS)
+def test_replays_are_the_steps_of_the_cpu(label: str) -> None:
+    graphed, there = Run(True, backend=label), Run(False, device=torch.device("cpu"), backend="cpu")
     for run in (graphed, there):
         run.step()
     graph = graphed.capture(1)
@@ -125,6 +139,7 @@ def test_replays_are_the_steps_of_the_cpu() -> None:
     assert_same(graphed, there)
 
 
+@pytest.mark.parametrize("label", KERNELS)
 @pytest.mark.parametrize(
     "make",
     [
@@ -134,8 +149,8 @@ def test_replays_are_the_steps_of_the_cpu() -> None:
     ],
     ids=["StepLR", "LambdaLR", "MultiStepLR"],
 )
-def test_a_scheduler_writes_lr_between_replays(make: Callable[[Any], lrs.LRScheduler]) -> None:
-    graphed, eager = Run(True, lr=0.5), Run(False, lr=0.5)
+def test_a_scheduler_writes_lr_between_replays(make: Callable[[Any], lrs.LRScheduler], label: str) -> None:
+    graphed, eager = Run(True, lr=0.5, backend=label), Run(False, lr=0.5)
     schedulers = [make(run.optimizer) for run in (graphed, eager)]
     for run in (graphed, eager):
         run.step()
@@ -152,8 +167,9 @@ def test_a_scheduler_writes_lr_between_replays(make: Callable[[Any], lrs.LRSched
     assert len(seen) >= 3
 
 
-def test_two_graphs_and_eager_steps_in_turn() -> None:
-    graphed, eager = Run(True), Run(False)
+@pytest.mark.parametrize("label", KERNELS)
+def test_two_graphs_and_eager_steps_in_turn(label: str) -> None:
+    graphed, eager = Run(True, backend=label), Run(False)
     for run in (graphed, eager):
         run.step()
     one, two = graphed.capture(1), graphed.capture(2)
@@ -171,8 +187,9 @@ def test_two_graphs_and_eager_steps_in_turn() -> None:
         assert_same(graphed, eager)
 
 
-def test_a_checkpoint_after_replays_goes_on_without_a_graph() -> None:
-    graphed, eager, other = Run(True), Run(False), Run(False)
+@pytest.mark.parametrize("label", KERNELS)
+def test_a_checkpoint_after_replays_goes_on_without_a_graph(label: str) -> None:
+    graphed, eager, other = Run(True, backend=label), Run(False), Run(False, backend=label)
     for run in (graphed, eager):
         run.step()
     graph = graphed.capture(1)
@@ -192,8 +209,9 @@ def test_a_checkpoint_after_replays_goes_on_without_a_graph() -> None:
     assert_same(other, eager)
 
 
-def test_not_capturable_is_refused_in_a_capture_and_nothing_breaks() -> None:
-    refused, eager = Run(False), Run(False)
+@pytest.mark.parametrize("label", KERNELS)
+def test_not_capturable_is_refused_in_a_capture_and_nothing_breaks(label: str) -> None:
+    refused, eager = Run(False, backend=label), Run(False)
     for run in (refused, eager):
         run.step()
     torch.cuda.synchronize()
@@ -210,8 +228,9 @@ def test_not_capturable_is_refused_in_a_capture_and_nothing_breaks() -> None:
     assert_same(refused, eager)
 
 
-def test_a_first_step_in_a_capture_is_refused_and_nothing_breaks() -> None:
-    refused, eager = Run(True), Run(False)
+@pytest.mark.parametrize("label", KERNELS)
+def test_a_first_step_in_a_capture_is_refused_and_nothing_breaks(label: str) -> None:
+    refused, eager = Run(True, backend=label), Run(False)
     torch.cuda.synchronize()
     mark, graph = torch.zeros((), device=DEVICE), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -224,14 +243,96 @@ def test_a_first_step_in_a_capture_is_refused_and_nothing_breaks() -> None:
     assert_same(refused, eager)
 
 
-def test_a_whole_training_step_in_a_graph() -> None:
+# ---- What a graph reads is its own ------------------------------------------------------------------------------------------
+
+
+def churn() -> None:
+    """Write into whatever memory of the device and of the host torch has got back."""
+    gc.collect()
+    torch.cuda.synchronize()
+    for numel in (8, 64, 512, 4096, 32768):
+        there = [torch.zeros(numel, dtype=torch.int64, device=DEVICE) for _ in range(64)]
+        here = [torch.zeros(numel, dtype=torch.int64).pin_memory() for _ in range(16)]
+        del there, here
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("label", KERNELS)
+@pytest.mark.parametrize("steps", [1, L])
+def test_gradients_in_the_memory_of_the_graph(steps: int, label: str) -> None:
+    """Each captured step has gradients at other addresses, and eager steps in between have them at others again."""
+    graphed, eager = Run(True, backend=label), Run(False)
+    for run in (graphed, eager):
+        run.step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(steps):
+            graphed.step_with_new_gradients()
+    for round_ in range(4):
+        graph.replay()
+        for _ in range(steps):
+            eager.step_with_new_gradients()
+        assert_same(graphed, eager)
+        for run in (graphed, eager):
+            for _ in range(round_ % 3):
+                run.step_with_new_gradients()
+        assert_same(graphed, eager)
+        churn()
+
+
+@pytest.mark.parametrize("label", KERNELS)
+def test_a_plan_that_is_made_anew_leaves_a_graph_its_tables(label: str) -> None:
+    """A step without one of the gradients needs other plans; those that were captured are dropped, and their memory is used."""
+    graphed, eager = Run(True, backend=label), Run(False)
+    for run in (graphed, eager):
+        run.step()
+    graph = graphed.capture(2)
+    for _ in range(3):
+        for run in (graphed, eager):
+            kept = run.params[1].grad
+            run.params[1].grad = None
+            run.optimizer.step()
+            run.params[1].grad = kept
+        churn()
+        graph.replay()
+        for _ in range(2):
+            eager.step()
+        assert_same(graphed, eager)
+
+
+@pytest.mark.parametrize("label", KERNELS)
+@pytest.mark.parametrize("name", STEPS)
+def test_functions_in_a_graph(name: str, label: str) -> None:
+    """Their plans are gone when the graph is replayed. The kernels have been loaded before, which a capture does not permit."""
+    torch.manual_seed(0)
+    here = Lists.of(F32)
+    there = lists_on(here, DEVICE)
+    STEPS[name](lists_on(here, DEVICE), backend=label)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(2):
+            STEPS[name](there, backend=label)
+    assert_lists_equal(there, here)  # a capture takes no step
+    for _ in range(3):
+        churn()
+        graph.replay()
+        torch.cuda.synchronize()
+        for _ in range(2):
+            STEPS[name](here, backend="cpu")
+        assert_lists_equal(there, here)
+
+
+@pytest.mark.parametrize("label", KERNELS)
+def test_a_whole_training_step_in_a_graph(label: str) -> None:
     """Passes and step; the gradients lie in the graph's own memory."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1)).to(DEVICE)
     x = torch.randn(256, 8, device=DEVICE)
     y = x[:, :1] * x[:, 1:2]
     optimizer = dr.EntropySGD(
-        model.parameters(), lr=0.5, inner_lr=0.05, inner_steps=5, temperature=1e-8, seed=0, capturable=True
+        model.parameters(), lr=0.5, inner_lr=0.05, inner_steps=5, temperature=1e-8, seed=0, capturable=True, backend=label
     )
 
     def step() -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from device_runs import DEVICE, NEEDS_GPU
+from device_runs import DEVICE, KERNELS, NEEDS_GPU
 from step_lists import BF16, F32, LANGEVIN
 from torch import Tensor
 
@@ -31,8 +31,9 @@ def _memory() -> object:
     torch.cuda.empty_cache()
 
 
+@pytest.mark.parametrize("label", KERNELS)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_a_step(dtype: torch.dtype) -> None:
+def test_a_step(dtype: torch.dtype, label: str) -> None:
     """The windows equal short tensors in their places on the CPU, and every element has moved."""
     state = compute_type(dtype)
     needs(1.15 * NUMEL * (3 * dtype.itemsize + 2 * state.itemsize) / 1e9)
@@ -41,7 +42,7 @@ def test_a_step(dtype: torch.dtype) -> None:
     short = [[t[lo:hi].cpu() for t in (y, g, x, m)] for lo, hi in WINDOWS]
     before = y.clone()
     numbers = {**LANGEVIN, "momentum": 0.0, "nesterov": False, "dampening": 0.0, "maximize": False, "lr": 0.3}
-    functional.langevin_step_([y], [g], [x], [m], **numbers, streams=[9], backend="cuda")
+    functional.langevin_step_([y], [g], [x], [m], **numbers, streams=[9], backend=label)
     for (lo, hi), (a, b, c, d) in zip(WINDOWS, short, strict=True):
         functional.langevin_step_([a], [b], [c], [d], **numbers, streams=[9], places=[lo], backend="cpu")
         for name, want, tensor in zip("ygxm", (a, b, c, d), (y, g, x, m), strict=True):
@@ -50,16 +51,18 @@ def test_a_step(dtype: torch.dtype) -> None:
     assert still < NUMEL * (0.1 if dtype == BF16 else 1e-5)
 
 
-def test_normals() -> None:
+@pytest.mark.parametrize("label", KERNELS)
+def test_normals(label: str) -> None:
     needs(1.1 * 4 * NUMEL / 1e9)
     options = {"seed": 2**63 + 1, "step": 5, "stream": 3}
-    z = functional.gaussian(NUMEL, **options, offset=3, device=DEVICE, backend="cuda")
+    z = functional.gaussian(NUMEL, **options, offset=3, device=DEVICE, backend=label)
     for lo, hi in WINDOWS:
         assert torch.equal(z[lo:hi].cpu(), functional.gaussian(hi - lo, **options, offset=3 + lo, backend="cpu"))
     assert int(sum((part == 0).sum() for part in z.split(2**28))) < 1000
 
 
-def test_tensors_of_any_total_in_one_list() -> None:
+@pytest.mark.parametrize("label", KERNELS)
+def test_tensors_of_any_total_in_one_list(label: str) -> None:
     """Each is short, all together are not: a launch numbers their blocks one after the other."""
     sizes = [2**29, 2**29 + 3, 2**29, 2**29 + 1, 2**20]
     needs(1.15 * sum(sizes) * 2 * 4 / 1e9)
@@ -68,7 +71,7 @@ def test_tensors_of_any_total_in_one_list() -> None:
     params, grads = lists
     tails = [[t[-1001:].cpu() for t in role] for role in lists]
     options = {"lr": 0.3, "stiffness": 0.0, "averaging": 0.0, "noise_std": 0.1, "seed": 5, "step": 6}
-    functional.langevin_step_(params, grads, None, None, **options, backend="cuda")
+    functional.langevin_step_(params, grads, None, None, **options, backend=label)
     for i, n in enumerate(sizes):
         y, g = tails[0][i], tails[1][i]
         functional.langevin_step_([y], [g], None, None, **options, streams=[i], places=[n - 1001], backend="cpu")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from device_runs import DEVICE, NEEDS_GPU, assert_states_equal
+from device_runs import DEVICE, KERNELS, NEEDS_GPU, NEEDS_TRITON, assert_states_equal
 from torch import Tensor, nn
 
 import deeprelax_cuda as dr
@@ -25,6 +25,9 @@ KINDS: list[dict[str, Any]] = [
     {"dtype": torch.bfloat16, "master_weights": True},
     {"dtype": torch.float16, "master_weights": True},
 ]
+#: Triton compiles two kernels for each kind: a few of them.
+RUNS = [pytest.param(kind, "cuda", id=f"{kind}-cuda") for kind in KINDS]
+RUNS += [pytest.param(KINDS[i], "triton", id=f"{KINDS[i]}-triton", marks=NEEDS_TRITON) for i in (0, 1, 2, 3, 5, 7)]
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -47,13 +50,13 @@ def optimizer_of(model: nn.Module, **options: Any) -> dr.EntropySGD:
     return dr.EntropySGD(model.parameters(), **settings)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_the_bits_of_the_cpu_given_the_same_gradients(kind: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("kind", "label"), RUNS)
+def test_the_bits_of_the_cpu_given_the_same_gradients(kind: dict[str, Any], label: str) -> None:
     dtype, options = kind["dtype"], {name: value for name, value in kind.items() if name != "dtype"}
     here = network(dtype)
     there = copy.deepcopy(here).to(DEVICE)
-    on_cpu, on_gpu = optimizer_of(here, backend="cpu", **options), optimizer_of(there, backend="cuda", **options)
-    assert "cuda for " in on_gpu.explain()
+    on_cpu, on_gpu = optimizer_of(here, backend="cpu", **options), optimizer_of(there, backend=label, **options)
+    assert f"{label} for " in on_gpu.explain()
     for step in range(3 * L + 1):
         x, y = batch(step, dtype)
         on_gpu.zero_grad()
@@ -85,11 +88,12 @@ def loss_of(model: nn.Module, optimizer: dr.EntropySGD, dtype: torch.dtype = tor
     return loss
 
 
+@pytest.mark.parametrize("label", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_network_learns(dtype: torch.dtype) -> None:
+def test_a_network_learns(dtype: torch.dtype, label: str) -> None:
     model = network(dtype).to(DEVICE)
     options = {"master_weights": True} if dtype == torch.bfloat16 else {}
-    optimizer = optimizer_of(model, lr=0.7, momentum=0.0, gamma=1e3, **options)
+    optimizer = optimizer_of(model, lr=0.7, momentum=0.0, gamma=1e3, backend=label, **options)
     first = loss_of(model, optimizer, dtype)
     for step in range(40 * L):
         x, y = batch(step, dtype)
@@ -99,10 +103,11 @@ def test_a_network_learns(dtype: torch.dtype) -> None:
     assert loss_of(model, optimizer, dtype) < 0.5 * first
 
 
-def test_autocast_with_a_scaler() -> None:
+@pytest.mark.parametrize("label", KERNELS)
+def test_autocast_with_a_scaler(label: str) -> None:
     """An infinite gradient skips the step whole; float16 passes train float32 weights."""
     model = network().to(DEVICE)
-    optimizer = optimizer_of(model, lr=0.7, momentum=0.0, gamma=1e3)
+    optimizer = optimizer_of(model, lr=0.7, momentum=0.0, gamma=1e3, backend=label)
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**12, growth_interval=50)
     first = loss_of(model, optimizer)
     skipped = 0
