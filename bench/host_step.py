@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 
 import deeprelax_cuda as dr
 from deeprelax_cuda import backends, machine, native
-from deeprelax_cuda.backends import cpu, cuda, triton
+from deeprelax_cuda.backends import cpu, cuda, triton, triton_launch
 from deeprelax_cuda.steps import Plan, Tensors
 
 OURS, THEIRS = "EntropySGD", "SGD, fused"
@@ -99,13 +99,7 @@ class Timed:
 @contextmanager
 def not_launched() -> Iterator[None]:
     """Have the Triton backend find its kernels, as if all were ready, and launch none."""
-    ready: dict[object, object] = {}
-
-    def find(launch: triton.Launch, device: torch.device) -> None:
-        getattr(triton._load()[0], launch.kernel)
-        ready.get((launch.kernel, device.index, launch.settled, tuple(map(triton._type_of, launch.arguments))))
-
-    with mock.patch.object(triton, "_launch", find):
+    with mock.patch.object(triton, "start", triton_launch.find):
         yield
 
 

@@ -7,7 +7,6 @@ blocks that go by whole packets, tables, clocks; and for that, blocks that are s
 from __future__ import annotations
 
 import itertools
-from array import array
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -35,10 +34,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optim_histories import History, Player, every, histories, play_alike
 
-from deeprelax_cuda.backends import cpu, triton
+from deeprelax_cuda.backends import cpu, triton, triton_launch
 from deeprelax_cuda.noise import Place, as_place
 from deeprelax_cuda.steps import Tensors
-from deeprelax_cuda.triton_kernels import sizes
+from deeprelax_cuda.triton_kernels import kernels, sizes
 from deeprelax_cuda.triton_kernels.table import COLUMNS, ROW, rows_of
 
 F32, F64, BF16, F16 = DTYPES
@@ -171,11 +170,11 @@ def test_the_last_blocks_of_a_huge_tensor_are_a_shard_of_it(name: str, dtype: to
 
     roles = [{key: to_torch(a) for key, a in inputs[0].items()}]
     plan = triton.TritonPlan(tensors_of(case, roles, [3], [place]))
-    row = dict(zip(COLUMNS, plan._rows, strict=False))
+    row = dict(zip(COLUMNS, plan._rows.tolist(), strict=False))
     for role in ("y", "x", "m", "v", "w", "c", "master"):  # where element 0 would lie
         row[role] -= first * (dtype.itemsize if role == "y" else max(4, dtype.itemsize)) if row[role] else 0
     row |= {"numel": numel, "start": start, "aligned": 0, "first_block": 3 - blocks}  # those of the launch are the last ones
-    plan._rows, plan._blocks = array("q", [*row.values(), 0]), array("i", [0, 0, 0])
+    plan._rows, plan._blocks = torch.tensor([*row.values(), 0]), torch.zeros(3, dtype=torch.int32)
     address = roles[0]["g"].data_ptr() - first * dtype.itemsize
     plan.run([], case.rounded(dtype), addresses=address.to_bytes(8, "little"))
     assert_equal(roles, want, name)
@@ -274,10 +273,6 @@ def test_tables_are_written_only_when_addresses_change() -> None:
     assert third.arguments[addresses][1] == grads[1].data_ptr()
 
 
-def key(launch: triton.Launch) -> tuple[Any, ...]:
-    return launch.kernel, launch.settled, tuple(map(triton._type_of, launch.arguments))
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_other_numbers_need_no_other_kernel(dtype: torch.dtype) -> None:
     roles, tensors = plan_inputs("fused-outer-all", dtype, [70])
@@ -290,7 +285,7 @@ def test_other_numbers_need_no_other_kernel(dtype: torch.dtype) -> None:
     }
     for changes in ({"seed": 0}, {"seed": 2**64 - 1}, {"step": 0}, {"step": 1}, {"step": 2**32 - 1}, half):
         (other,) = launches(plan, "fused-outer-all", dtype, grads, **changes)
-        assert key(other) == key(known)
+        assert other.key == known.key
         assert (other.arguments[6:], other.integers) != (known.arguments[6:], known.integers)
 
 
@@ -304,47 +299,104 @@ def test_a_number_that_is_zero_is_left_out(name: str) -> None:
     )
     absent = [sum(argument is None for argument in launch.arguments) for launch in (known, without)]
     assert absent[1] == absent[0] + (2 if name == "mu" else 1)  # damp1 goes with mu
-    assert key(without) != key(known)
+    assert without.key != known.key
 
 
-def test_a_compiled_kernel_is_found_by_what_can_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a device: Triton compiles each kind of call once, and what it returned serves from then on."""
-    made: list[tuple[Any, ...]] = []
-    served: list[tuple[Any, ...]] = []
+class Compiler:
+    """In the place of a kernel that Triton compiles for a GPU, and of what it returns: notes what is compiled and launched."""
 
-    class Ready:
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            return lambda *arguments: served.append((grid, *arguments))
+    def __init__(self) -> None:
+        self.made: list[tuple[Any, ...]] = []
+        self.served: list[tuple[Any, ...]] = []
 
-    class Kernel:
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Ready]:
-            def compile_and_launch(*arguments: Any, num_warps: int, enable_fp_fusion: bool) -> Ready:
-                assert not enable_fp_fusion
-                made.append((grid, num_warps, *arguments))
-                return Ready()
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Compiler:
+            if options:
+                assert options == {"num_warps": 4, "enable_fp_fusion": False}
+            (self.made if options else self.served).append((grid, *arguments))
+            return self
 
-            return compile_and_launch
+        return call
 
-    class Kernels:
-        step_kernel = Kernel()
 
-    monkeypatch.setattr(triton, "_load", lambda: (Kernels, None))
-    monkeypatch.setattr(triton, "_ready", {})
-    monkeypatch.setattr(triton, "compiled", [])
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
+    compiler = Compiler()
+    monkeypatch.setattr(kernels, "step_kernel", compiler)
+    monkeypatch.setattr(triton_launch, "_ready", {})
+    monkeypatch.setattr(triton_launch, "compiled", [])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return compiler
+
+
+def test_a_compiled_kernel_is_found_by_what_can_differ(compiler: Compiler) -> None:
+    """Triton compiles each kind of call once; what it returned serves from then on."""
     _, tensors = plan_inputs("langevin", F32, [700])
     plan, grads = triton.TritonPlan(tensors, target="cuda"), [torch.zeros(700)]
-    gpu = torch.device("cuda", 0)
+    wanted = []
     for name, step in (("langevin", 1), ("langevin", 2), ("noise-free", 3), ("langevin", 4)):
         (launch,) = launches(plan, name, F32, grads, step=step)
-        triton._launch(launch, gpu)
-    assert [grid for grid, *_ in made] == [(2,), (2,)]
-    assert [arguments[1:] for arguments in served] == [
-        (*launch.arguments, *launch.integers, *launch.settled)
-        for step in (2, 4)
-        for launch in launches(plan, "langevin", F32, grads, step=step)
-    ]
-    assert len(triton.compiled) == 2
+        triton_launch.start(launch, torch.device("cuda", 0))
+        wanted.append((*launch.arguments, *launch.integers, *launch.settled))
+    assert compiler.made == [((2,), *wanted[0]), ((2,), *wanted[2])]
+    assert compiler.served == [((2, 1, 1), *wanted[1]), ((2, 1, 1), *wanted[3])]
+    assert len(triton_launch.compiled) == 2
+    triton_launch.start(launch, torch.device("cuda", 1))
+    assert len(compiler.made) == 3, "another device has kernels of its own"
+
+
+def test_a_capture_does_not_compile(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, tensors = plan_inputs("langevin", F32, [700])
+    (launch,) = launches(triton.TritonPlan(tensors, target="cuda"), "langevin", F32, [torch.zeros(700)])
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"while a CUDA graph is captured: take a step .* deeprelax_cuda.backends.warm_up"):
+        triton_launch.start(launch, gpu)
+    assert compiler.made == compiler.served == []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    triton_launch.start(launch, gpu)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    triton_launch.start(launch, gpu)
+    assert (len(compiler.made), len(compiler.served)) == (1, 1)
+
+
+def test_the_bits_of_a_small_float64_are_a_short_int_to_triton() -> None:
+    roles, tensors = plan_inputs("heavy-ball", F64, [70])
+    plan, grads = triton.TritonPlan(tensors), [t["g"] for t in roles]
+    keys = {launches(plan, "heavy-ball", F64, grads, damp1=damp1)[0].key for damp1 in (0.5, -0.25, 1e-300, 0.0)}
+    assert len(keys) == 2, "0 needs a kernel of its own"
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that counts as pinned, and a capture, in which no more of it can be had."""
+    empty = torch.empty
+
+    def not_really_pinned(*size: int, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        return empty(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", not_really_pinned)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pytest.fail("no memory can be pinned in a capture"))
+    monkeypatch.setattr(triton_launch, "_reserve", triton_launch._Reserve())
+    monkeypatch.setattr(triton_launch, "_read_by_graphs", {})
+    triton_launch._reserve.refill()
+
+
+@pytest.mark.usefixtures("captured")
+def test_captures_have_memory_of_their_own_that_stays() -> None:
+    tables = [torch.arange(i, i + 5, dtype=torch.int64) for i in range(3)]
+    first, second, third = (triton_launch._reserve.take(table) for table in tables)
+    assert all(torch.equal(a, b) for a, b in zip((first, second, third), tables, strict=True))
+    assert all(t.data_ptr() % 16 == 0 for t in (first, second, third))
+    assert list(triton_launch._read_by_graphs.values()) == [first, second, third]
+    first.zero_()
+    assert torch.equal(second, tables[1])
+    left = triton_launch._reserve._free.numel()
+    triton_launch._reserve.refill()
+    assert triton_launch._reserve._free.numel() == left, "there is enough"
+    triton_launch._reserve.take(torch.zeros(left // 2 + 16, dtype=torch.uint8))
+    triton_launch._reserve.refill()
+    assert triton_launch._reserve._free.numel() == triton_launch._Reserve.SIZE
 
 
 def test_block_sizes_are_whole_packets_and_powers_of_two() -> None:

@@ -17,13 +17,11 @@ AT_VALUES = tl.constexpr(16)  # bytes
 
 @triton.jit
 def scalar(argument, STORED: tl.constexpr):
-    """Return a scalar argument in the compute type, None for None: a float64 comes as its bits, as arguments are float32."""
-    if argument is None:
-        return None
-    elif STORED == tl.float64:
+    """Return a scalar argument in the compute type: one of float64 comes as its bits, as Triton's own are float32."""
+    if STORED == tl.float64:
         return argument.to(tl.int64).to(tl.float64, bitcast=True)
     else:
-        return tl.to_tensor(argument).to(tl.float32)
+        return tl.full((), argument, tl.float32)  # the interpreter has a float of Python here
 
 
 # Numbers that change from call to call, and addresses of single numbers, are nothing to compile anew for.
@@ -32,6 +30,11 @@ _OF_THE_CALL = [
     *("inv_scale", "found_inf", "seed", "step"),
     *("eta", "k", "s", "a", "c", "wd", "mu", "damp1", "lr", "mu_o", "wd_o", "kr"),
 ]
+_OF_A_CLOCK = [
+    *("step", "position", "outer_steps", "gamma", "lr", "period_steps", "numbers", "found_inf"),
+    *("inner_steps", "initial_gamma", "scoping", "gamma_min", "gamma_total", "inner_lr"),
+]
+_OF_NORMALS = ["out", "numel", "seed", "step", "stream", "offset"]
 
 
 @triton.jit(do_not_specialize=_OF_THE_CALL)
@@ -76,7 +79,9 @@ def step_kernel(
     ``rows`` is the table, int64; ``grads`` has the addresses of the gradients, int64; ``blocks`` the number of each block's
     tensor, int32. ``numbers`` is where a clock has left what it determines: OUTER, step, k, lr and, with PLAIN_MEAN, a.
     """
-    k, lr, a = scalar(k, STORED), scalar(lr, STORED), scalar(a, STORED)
+    k = None if k is None else scalar(k, STORED)
+    a = None if a is None else scalar(a, STORED)
+    lr = None if lr is None else scalar(lr, STORED)
     if numbers is not None:
         values = (numbers + AT_VALUES).to(tl.pointer_type(tl.float64 if STORED == tl.float64 else tl.float32))
         counts = numbers.to(tl.pointer_type(tl.int64))
@@ -88,18 +93,18 @@ def step_kernel(
         inv_scale = tl.load(inv_scale)
     h = Scalars(
         inv_scale,
-        scalar(eta, STORED),
+        None if eta is None else scalar(eta, STORED),
         k,
-        scalar(s, STORED),
+        None if s is None else scalar(s, STORED),
         a,
-        scalar(c, STORED),
-        scalar(wd, STORED),
-        scalar(mu, STORED),
-        scalar(damp1, STORED),
+        None if c is None else scalar(c, STORED),
+        None if wd is None else scalar(wd, STORED),
+        None if mu is None else scalar(mu, STORED),
+        None if damp1 is None else scalar(damp1, STORED),
         lr,
-        scalar(mu_o, STORED),
-        scalar(wd_o, STORED),
-        scalar(kr, STORED),
+        None if mu_o is None else scalar(mu_o, STORED),
+        None if wd_o is None else scalar(wd_o, STORED),
+        None if kr is None else scalar(kr, STORED),
     )
     if numbers is None:
         take_any_block(
@@ -118,7 +123,7 @@ def step_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["found_inf", "lr"])
+@triton.jit(do_not_specialize=_OF_A_CLOCK)
 def advance_kernel(
     step,
     position,
@@ -177,7 +182,7 @@ def advance_kernel(
                 tl.store(gamma, gamma_after(rule, n, tl.load(gamma)))
 
 
-@triton.jit(do_not_specialize=["out"])
+@triton.jit(do_not_specialize=_OF_NORMALS)
 def gaussian_kernel(
     out, numel: tl.int64, seed: tl.int64, step: tl.int64, stream: tl.int64, offset: tl.int64, BLOCK: tl.constexpr
 ):

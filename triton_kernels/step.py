@@ -123,9 +123,10 @@ def take_block(terms, h, kind, span, g_address, seed, step):
     if reads_c:
         cs = read(kind, span, tl.load(row + C), compute)
 
+    absent = tl.full((), 0.0, tl.float32)  # in the place of what plays no part
     stored_ys, new_masters, new_xs, new_ms, new_vs, new_ws = (), (), (), (), (), ()
     for group in tl.static_range(kind.packet // kind.width):
-        y, g, x, m, v, w, c, z, bits = None, None, None, None, None, None, None, None, None
+        y, g, x, m, v, w, c, z, bits = absent, absent, absent, absent, absent, absent, absent, absent, None
         if reads_y:
             y = widen(ys[group])
         if terms.inner:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from deeprelax_cuda.noise import Place
 from deeprelax_cuda.steps import Tensors, compute_type
 
-#: Each row is one int64 for each of these, and padded to `ROW` of them. Roles are addresses, 0 for one that plays no part.
+#: Each row is one int64 for each of these, and one more to make them `ROW`. Roles are addresses, 0 for one that plays no part.
 COLUMNS = (
     *("y", "x", "m", "v", "w", "c", "master"),
     "aligned",  # whether 16 divides the addresses of packets, of all roles but the gradient
@@ -38,34 +38,25 @@ def rows_of(tensors: Tensors, block: int) -> tuple[list[int], list[int]]:
     """
     if not tensors.params:
         return [], []
-    itemsize = tensors.params[0].element_size()
-    state_size = compute_type(tensors.params[0].dtype).itemsize
-    state = {
-        "x": tensors.anchors,
-        "m": tensors.averages,
-        "v": tensors.momenta,
-        "w": tensors.outer_momenta,
-        "c": tensors.consensus,
-        "master": tensors.masters,
-    }
+    itemsize, state_size = tensors.params[0].element_size(), compute_type(tensors.params[0].dtype).itemsize
+    nothing = [0] * len(tensors.params)
+    lists = (
+        *(tensors.params, tensors.anchors, tensors.averages, tensors.momenta),
+        *(tensors.outer_momenta, tensors.consensus, tensors.masters),
+    )
+    roles = zip(*([t.data_ptr() for t in tensors] or nothing for tensors in lists), strict=True)
+    numels = [param.numel() for param in tensors.params]
     rows: list[int] = []
     counts: list[int] = []
-    for i, (param, number, place) in enumerate(zip(tensors.params, tensors.numbers, tensors.places, strict=True)):
-        numel = param.numel()
-        addresses = {"y": param.data_ptr(), **{name: role[i].data_ptr() for name, role in state.items() if role}}
-        sized = [(address, itemsize if name == "y" else state_size) for name, address in addresses.items()]
-        start, aligned = _first_packet(sized, place, numel, packet_of(itemsize))
-        row = {
-            **addresses,
-            "aligned": aligned,
-            "numel": numel,
-            "start": start,
-            "first_block": sum(counts[-1:]) + (rows[-ROW + COLUMNS.index("first_block")] if rows else 0),
-            "number": number,
-            **place._asdict(),
-        }
-        rows += [int(row.get(name, 0)) for name in COLUMNS] + [0] * (ROW - len(COLUMNS))
+    first_block = 0
+    for addresses, numel, number, place in zip(roles, numels, tensors.numbers, tensors.places, strict=True):
+        start, aligned = 0, not (addresses[0] | addresses[1] | addresses[2] | addresses[3]) & 15  # as nearly all are
+        if not aligned or any(addresses[4:]) or (place.offset & 3 and numel <= place.run):
+            sized = [(address, state_size) for address in addresses[1:] if address]
+            start, aligned = _first_packet([(addresses[0], itemsize), *sized], place, numel, packet_of(itemsize))
+        rows += (*addresses, int(aligned), numel, start, first_block, number, *place, 0)
         counts.append(-(-(numel - start) // block) if numel else 0)
+        first_block += counts[-1]
     return rows, counts
 
 

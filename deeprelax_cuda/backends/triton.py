@@ -1,4 +1,4 @@
-"""The Triton backend: one launch for any number of tensors, on NVIDIA and AMD GPUs, compiled on first use without a compiler.
+"""The Triton backend: one launch for any number of tensors, on NVIDIA and AMD GPUs, compiled on first use; no nvcc is needed.
 
 The kernels are those of `deeprelax_cuda.triton_kernels`, which are imported, and Triton with them, when this backend is first
 asked to serve. With TRITON_INTERPRET=1 in the environment they run in numpy, for CPU tensors: to test them, not to train.
@@ -10,23 +10,21 @@ import functools
 import importlib
 import os
 import struct
-import time
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from deeprelax_cuda.clock import Clock
+from deeprelax_cuda.backends.triton_launch import Launch, capturing, compiled, keep_for_graphs, on, start, upload
+from deeprelax_cuda.clock import Clock, Rule
 from deeprelax_cuda.noise import to_int64
 from deeprelax_cuda.steps import STORED, Scalars, Tensors
 
-NAME = "triton"
+__all__ = ["NAME", "TritonPlan", "compiled", "gaussian", "interpreted", "make_plan", "unavailable"]
 
-#: How long this process has waited for each kernel, seconds; some milliseconds where Triton had it on disk.
-compiled: list[float] = []
+NAME = "triton"
 
 
 # ---- Whether it can serve ---------------------------------------------------------------------------------------------------
@@ -84,87 +82,7 @@ def _no_driver(index: int) -> str | None:
     return None
 
 
-# ---- Launching --------------------------------------------------------------------------------------------------------------
-
-
-class Launch(NamedTuple):
-    """A kernel by name, how many blocks of it, and its arguments in their order: ``integers`` are int64 whatever they are.
-
-    ``settled`` are those for whose values a kernel is compiled.
-    """
-
-    kernel: str
-    blocks: int
-    warps: int
-    arguments: tuple[Any, ...]
-    integers: tuple[int, ...]
-    settled: tuple[Any, ...]
-
-
-_ready: dict[Any, Any] = {}
-
-
-def _launch(launch: Launch, device: torch.device) -> None:
-    """Start a kernel on the current stream of a device.
-
-    Triton finds a compiled kernel by the types and values of all its arguments, which takes longer than to launch it; so those
-    that are ready are kept here by what can differ.
-    """
-    name, blocks, warps, arguments, integers, settled = launch
-    kernel = getattr(_load()[0], name)
-    if device.type == "cpu":
-        kernel[blocks,](*arguments, *integers, *settled)
-        return
-    key = name, device.index, settled, tuple(map(_type_of, arguments))
-    with _on(device):
-        if (ready := _ready.get(key)) is not None:
-            ready[blocks, 1, 1](*arguments, *integers, *settled)
-            return
-        began = time.perf_counter()
-        _ready[key] = kernel[blocks,](*arguments, *integers, *settled, num_warps=warps, enable_fp_fusion=False)
-        compiled.append(time.perf_counter() - began)
-
-
-def _type_of(argument: Any) -> Any:
-    """Return what of an argument a kernel is compiled for; an int, which is the bits of a float64, has 32 bits where it can."""
-    if isinstance(argument, int):
-        return -(2**31) <= argument < 2**31
-    return argument.dtype if isinstance(argument, Tensor) else type(argument)
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
-
-
-def _target(device: torch.device) -> str:
-    if device.type == "cpu":
-        return "interpreter"
-    return "hip" if torch.version.hip else "cuda"
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-# What graphs that have been captured read, and nothing says when the last of them is gone: tables on the device, and the memory
-# of the host that the copies in a graph read at each replay.
-_read_by_graphs: dict[int, Tensor] = {}
-
-
-def _keep_for_graphs(*tensors: Tensor) -> None:
-    _read_by_graphs.update((id(t), t) for t in tensors)
-
-
-def _upload(values: array[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return an array as a tensor on the device, without waiting for the copy, which in capture becomes a part of the graph."""
-    here = torch.frombuffer(values, dtype=dtype)
-    if device.type == "cpu":
-        return here
-    if _capturing(device):
-        _keep_for_graphs(here)
-    else:
-        here = here.pin_memory()
-    return here.to(device, non_blocking=True)
+# ---- Steps ------------------------------------------------------------------------------------------------------------------
 
 
 class TritonPlan:
@@ -185,8 +103,8 @@ class TritonPlan:
         self._device, self._dtype = first.device, first.dtype
         self._block, self._warps = size_of(first.element_size(), target or _target(first.device))
         rows, counts = rows_of(tensors, self._block)
-        self._rows = array("q", rows)
-        self._blocks = array("i", torch.repeat_interleave(torch.tensor(counts, dtype=torch.int64)).tolist())
+        self._rows = torch.tensor(rows, dtype=torch.int64)
+        self._blocks = torch.repeat_interleave(torch.tensor(counts, dtype=torch.int64)).to(torch.int32)
         self._has_master = bool(tensors.masters)
         self._pitched = any(p.numel() > place.run for p, place in zip(tensors.params, tensors.places, strict=True))
         self._table: tuple[Tensor, Tensor] | None = None
@@ -203,8 +121,11 @@ class TritonPlan:
         clock: Clock | None = None,
     ) -> None:
         """Take the step; see `deeprelax_cuda.steps.Plan`."""
-        for launch in self.launches(grads, scalars, inv_scale, found_inf, addresses, clock):
-            _launch(launch, self._device)
+        with on(self._device):
+            for launch in self.launches(grads, scalars, inv_scale, found_inf, addresses, clock):
+                start(launch, self._device)
+            if self._device.type == "cuda":
+                self._share_tables()
 
     def launches(
         self,
@@ -215,16 +136,15 @@ class TritonPlan:
         addresses: bytes | None = None,
         clock: Clock | None = None,
     ) -> Iterator[Launch]:
-        """Yield what `run` launches."""
+        """Yield what `run` launches; the plan's device is the current one."""
         if clock is not None:
             yield self._advance(clock, scalars.inner, found_inf)
         elif not (scalars.inner or scalars.outer):
             return
-        if self._blocks:
+        if self._blocks.numel():
             if addresses is None:
                 addresses = array("Q", map(Tensor.data_ptr, grads)).tobytes()
             yield self._step(addresses, scalars, inv_scale, found_inf, clock)
-            self._share_tables()
 
     def _step(
         self, addresses: bytes, sc: Scalars, inv_scale: Tensor | None, found_inf: Tensor | None, clock: Clock | None
@@ -260,8 +180,7 @@ class TritonPlan:
             number(sc.wd_o, outer and sc.wd_o != 0.0),
             number(sc.kr, outer and sc.kr != 0.0),
         )
-        settled = (
-            _stored(self._dtype),
+        flags = (
             self._block,
             langevin,
             inner,
@@ -276,13 +195,17 @@ class TritonPlan:
             self._has_master,
             self._pitched and (noisy or stochastic),
         )
-        return Launch("step_kernel", len(self._blocks), self._warps, arguments, (to_int64(sc.seed), sc.step), settled)
+        # An int among the arguments is the bits of a float64, which Triton takes for one of 32 bits where it fits.
+        narrow = self._dtype == torch.float64 and tuple(type(v) is int and -(2**31) <= v < 2**31 for v in arguments)
+        key = self._dtype, flags, tuple(map(type, arguments)), narrow
+        integers, settled = (to_int64(sc.seed), sc.step), (_stored(self._dtype), *flags)
+        return Launch("step_kernel", self._blocks.numel(), self._warps, arguments, integers, settled, key)
 
     def _advance(self, clock: Clock, inner: bool, found_inf: Tensor | None) -> Launch:
-        addresses = clock.step, clock.position, clock.outer_steps, clock.gamma, clock.lr, clock.period_steps, clock.numbers
-        rule = clock.rule.inner_steps, *map(_bits, clock.rule[1:])
-        settled = _stored(self._dtype), inner, clock.counts
-        return Launch("advance_kernel", 1, 1, (*addresses, found_inf), rule, settled)
+        own = clock.step, clock.position, clock.outer_steps, clock.gamma, clock.lr, clock.period_steps, clock.numbers
+        arguments, settled = (*own, found_inf), (_stored(self._dtype), inner, clock.counts)
+        key = self._dtype, clock.lr.dtype, inner, clock.counts, tuple(map(type, arguments))
+        return Launch("advance_kernel", 1, 1, arguments, _integers(clock.rule), settled, key)
 
     def _encoded(self, value: float) -> float | int:
         """Return a scalar as a kernel takes it: Triton's own are float32, so one of float64 goes as its bits."""
@@ -293,27 +216,28 @@ class TritonPlan:
         table = self._table
         if table is None:
             table = (
-                _upload(self._rows, torch.int64, self._device),
-                _upload(self._blocks, torch.int32, self._device),
+                upload(self._rows, self._device),
+                upload(self._blocks, self._device),
             )
-            if not _capturing(self._device):  # what is captured is not there yet
+            if not capturing(self._device):  # what is captured is not there yet
                 self._table = table
-        elif _capturing(self._device):
-            _keep_for_graphs(*table)
+        elif capturing(self._device):
+            keep_for_graphs(*table)
         return table
 
     def _table_of(self, addresses: bytes) -> Tensor:
         """Return the addresses of the gradients on the device."""
-        if self._grads is not None and self._grads[0] == addresses and not _capturing(self._device):
+        captured = capturing(self._device)
+        if self._grads is not None and self._grads[0] == addresses and not captured:
             return self._grads[1]
-        table = _upload(array("q", addresses), torch.int64, self._device)
-        if not _capturing(self._device):
+        table = upload(torch.frombuffer(array("q", addresses), dtype=torch.int64), self._device)
+        if not captured:
             self._grads = addresses, table
         return table
 
     def _share_tables(self) -> None:
         """Have torch know of all streams that read the tables, so that it gives their memory to nobody too early."""
-        if self._device.type == "cpu" or _capturing(self._device):
+        if capturing(self._device):
             return
         current = torch.cuda.current_stream(self._device)
         if self._stream is not None and current != self._stream:
@@ -328,6 +252,18 @@ make_plan = TritonPlan
 def _bits(value: float) -> int:
     bits: int = struct.unpack("<q", struct.pack("<d", value))[0]
     return bits
+
+
+@functools.lru_cache(maxsize=256)
+def _integers(rule: Rule) -> tuple[int, ...]:
+    return rule.inner_steps, *map(_bits, rule[1:])
+
+
+def _target(device: torch.device) -> str:
+    """Return whose block sizes serve on a device."""
+    if device.type == "cpu":
+        return "interpreter"
+    return "hip" if torch.version.hip else "cuda"
 
 
 @functools.cache
@@ -346,5 +282,6 @@ def gaussian(numel: int, *, seed: int, step: int, stream: int, offset: int, devi
     if numel:
         blocks = -(-(numel + offset % 4) // block)
         integers = numel, to_int64(seed), step, stream, offset
-        _launch(Launch("gaussian_kernel", blocks, warps, (out,), integers, (block,)), out.device)
+        with on(out.device):
+            start(Launch("gaussian_kernel", blocks, warps, (out,), integers, (block,), None), out.device)
     return out
