@@ -71,7 +71,7 @@ class Instruction:
     opcode: str
     operands: list[str]
     subroutine: str  # that it belongs to: "" for the kernel itself
-    where: tuple[tuple[str, str], ...]  # file and function in csrc, from the innermost inlined one outwards
+    where: tuple[tuple[str, str], ...]  # file and function in the sources, from the innermost inlined one outwards
 
     def __str__(self) -> str:
         return f"{self.address:#06x} {self.predicate} {self.opcode} {', '.join(self.operands)}"
@@ -80,9 +80,15 @@ class Instruction:
         return any(function in functions for _, function in self.where)
 
     @property
+    def width(self) -> int:
+        """How many bytes this loads or stores, if it does."""
+        sizes = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
+        return next((sizes[part] for part in self.opcode.split(".") if part in sizes), 4)
+
+    @property
     def wide(self) -> bool:
         """Whether this accesses 16 bytes of global memory or more."""
-        return self.accesses_global and bool({"128", "256"} & set(self.opcode.split(".")))
+        return self.accesses_global and self.width >= 16
 
     @property
     def accesses_global(self) -> bool:
@@ -92,6 +98,10 @@ class Instruction:
     def target(self) -> int | None:
         """Where this branches to."""
         return int(self.operands[-1], 16) if self.opcode.startswith("BRA") else None
+
+    @property
+    def calls(self) -> bool:
+        return self.opcode.startswith("CALL")
 
     @property
     def ends(self) -> bool:
@@ -108,15 +118,15 @@ class Instruction:
 
 @cache
 def functions(file: str) -> list[tuple[int, str]]:
-    """Return the lines on which the device functions of a source file begin, and their names."""
+    """Return the lines on which the device functions of a source file begin, in C++ or Python, and their names."""
     lines = enumerate(Path(file).read_text().splitlines(), 1)
-    return [(number, found[1]) for number, line in lines if (found := re.match(r"\s*DR_FN\b.*?(\w+)\(", line))]
+    return [(number, found[1]) for number, line in lines if (found := re.match(r"\s*(?:DR_FN\b.*?|def )(\w+)\(", line))]
 
 
-def place(file: str, line: int) -> tuple[str, str] | None:
+def place(file: str, line: int, sources: Path = CSRC) -> tuple[str, str] | None:
     """Return file and function of a source line, None where it is not ours."""
     path = Path(os.path.normpath(file))
-    if CSRC not in path.parents:
+    if sources not in path.parents:
         return None
     return path.name, next((name for number, name in reversed(functions(str(path))) if number <= line), "")
 
@@ -139,8 +149,8 @@ def readable(symbol: str) -> tuple[str, str]:
     return f"{operator}<{kind}<{', '.join(names)}>>" if kind else f"{operator}<{names[0]}>", names[0]
 
 
-def instructions(text: str) -> Iterator[Instruction]:
-    """Yield the instructions of one kernel's section."""
+def instructions(text: str, sources: Path = CSRC) -> Iterator[Instruction]:
+    """Yield the instructions of one kernel's section; ``sources`` is the folder that it was compiled from."""
     labels: dict[str, int] = {}
     found: list[Instruction] = []
     where: list[tuple[str, str] | None] = []
@@ -148,7 +158,7 @@ def instructions(text: str) -> Iterator[Instruction]:
     for line in text.splitlines():
         if note := re.match(r'\s*//## File "([^"]+)", line (\d+)', line):
             where = [] if fresh else where
-            where, fresh = [*where, place(note[1], int(note[2]))], False
+            where, fresh = [*where, place(note[1], int(note[2]), sources)], False
         elif label := re.match(r"([.$\w]+):$", line):
             labels[label[1]] = found[-1].address + 16 if found else 0
             subroutine = label[1] if label[1].startswith("$") else subroutine
@@ -178,7 +188,7 @@ class Block:
 
     @property
     def calls(self) -> bool:
-        return any(i.opcode.startswith("CALL") for i in self.code)
+        return any(i.calls for i in self.code)
 
     def reaches(self, other: Block) -> bool:
         """Whether a way of one step or more leads from here to a block."""
@@ -192,6 +202,10 @@ class Block:
                 seen.add(id(block))
                 rest += block.after
         return False
+
+
+#: What is known of conditions at a place of a way, by their names.
+Known = tuple[tuple[str, bool], ...]
 
 
 @dataclass
@@ -211,7 +225,8 @@ class Kernel:
     def blocks(self) -> list[Block]:
         """The graph of branches, subroutines left out. The first block is the entry."""
         own = [i for i in self.code if not i.subroutine]
-        starts = {own[0].address} | {i.target for i in own if i.target is not None} | {i.address + 16 for i in own if i.ends}
+        starts = {own[0].address} | {i.target for i in own if i.target is not None}
+        starts |= {i.address + 16 for i in own if i.ends or i.calls}
         blocks: dict[int, Block] = {}
         for i in own:
             if i.address in starts:
@@ -234,25 +249,34 @@ class Kernel:
     @cached_property
     def hot(self) -> list[Instruction]:
         """The instructions of the hot path."""
-        usable = [b for b in self.blocks if not b.calls and not b.reaches(b)]
-        best: dict[int, tuple[int, int, int, list[Instruction]]] = {}
+        usable = {id(b) for b in self.blocks if not b.calls and not self.turns(b)}
+        best: dict[tuple[int, Known], tuple[int, int, int, list[Instruction]] | None] = {}
 
-        def longest(block: Block) -> tuple[int, int, int, list[Instruction]] | None:
-            if id(block) not in best:
-                rests = [rest for other in block.after if other in usable and (rest := longest(other))]
+        def longest(block: Block, known: Known) -> tuple[int, int, int, list[Instruction]] | None:
+            if (at := (id(block), known)) not in best:
+                ways = [(other, then) for other, then in self.ways(block, known) if other is not block and id(other) in usable]
+                rests = [rest for way in ways if (rest := longest(*way))]
                 if any(i.opcode == "EXIT" for i in block.code):
                     rests.append((0, 0, 0, []))
-                if not rests:
-                    return None
-                wide, narrow, count, path = max(rests, key=lambda rest: rest[:3])
-                wide += sum(i.wide for i in block.code)
-                narrow -= sum(i.accesses_global and not i.wide for i in block.code)
-                best[id(block)] = (wide, narrow, count + len(block.code), block.code + path)
-            return best[id(block)]
+                best[at] = None
+                if rests:
+                    wide, narrow, count, path = max(rests, key=lambda rest: rest[:3])
+                    wide += sum(i.wide for i in block.code)
+                    narrow -= sum(i.accesses_global and not i.wide for i in block.code)
+                    best[at] = wide, narrow, count + len(block.code), block.code + path
+            return best[at]
 
-        if not (path := longest(self.blocks[0])):
+        if not (path := longest(self.blocks[0], ())):
             raise RuntimeError(f"sass: {self.name} has no way from entry to EXIT without a loop")
         return path[3]
+
+    def turns(self, block: Block) -> bool:
+        """Whether a block is part of a loop that the hot path takes no turn of."""
+        return block.reaches(block)
+
+    def ways(self, block: Block, known: Known) -> list[tuple[Block, Known]]:
+        """Return the blocks that may come after one on the hot path, and what is known of conditions there: nothing."""
+        return [(other, known) for other in block.after]
 
     @property
     def search(self) -> int:
@@ -285,7 +309,7 @@ class Kernel:
 
         Blocks with a call are left out: the special cases of an earlier root, say, which join its usual case.
         """
-        if not (found := re.search(r"\bR\d+", operand)):
+        if not (found := re.search(r"\b[Rv]\d+", operand)):
             return None
         makers: set[Instruction] = set()
         rest, seen = [block.code[: block.code.index(before)]], {id(block)}
