@@ -204,14 +204,14 @@ def test_a_clock_in_every_type(name: str, dtype: torch.dtype, linear: bool) -> N
 
 
 @pytest.mark.slow
-@every(12)
+@every(8)
 @given(histories())
 def test_histories_of_an_optimizer(history: History) -> None:
     play_alike(Player(history, backend="cpu"), Player(history, backend="triton"))
 
 
 @pytest.mark.slow
-@every(12)
+@every(8)
 @given(histories())
 def test_histories_of_an_optimizer_with_clocks(history: History) -> None:
     if history.shared.get("closure_mode") != "inner_loop":

@@ -107,11 +107,9 @@ BRIEF = {
 def launches(way: Way, dtype: torch.dtype, backend: str) -> Iterator[tuple[Any, dict[str, str]]]:
     """Yield what a call launches, and for the step what it reads and writes, in letters."""
     from deeprelax_cuda.backends import triton as ours
-    from deeprelax_cuda.triton_kernels.sizes import size_of
 
     if way.name == "gaussian":
-        block, warps = size_of(4, backend)
-        yield ours.Launch("gaussian_kernel", 1, warps, (torch.empty(NUMEL), NUMEL, 1, 2, 3, 0), (block,)), {"writes": "y"}
+        yield ours.launch_of_normals(torch.empty(NUMEL), 1, 2, 3, 0, backend), {"writes": "y"}
         return
     numbers = {name: round_scalar(name, x, dtype) if type(x) is float else x for name, x in way.scalars.items()}
     scalars = Scalars(**numbers, seed=1, step=2)
@@ -193,7 +191,8 @@ def compile_launch(launch: Any, target: str, loose: bool) -> tuple[Any, float]:
     backend, arch = target.split(":")
     triton.runtime.driver.set_active(Driver(GPUTarget(backend, int(arch) if arch.isdigit() else arch, WAVE[backend])))
     # Memory of a GPU starts at multiples of 256 bytes; that of the host need not even at those of 16.
-    arguments = [torch.zeros_like(a) if isinstance(a, torch.Tensor) else a for a in launch.arguments]
+    given = (*launch.arguments, *launch.integers)
+    arguments = [torch.zeros_like(a) if isinstance(a, torch.Tensor) else a for a in given]
     began = time.perf_counter()
     options = {"num_warps": launch.warps, "enable_fp_fusion": loose}
     if loose and backend == "hip":

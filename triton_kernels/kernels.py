@@ -189,10 +189,12 @@ def gaussian_kernel(
     """Write the normals of elements offset to offset + numel of a stream (the whole counter word); 16 divides the address."""
     lead = offset & 3  # elements of the first counter that come before the offset
     j0 = tl.program_id(0).to(tl.int64) * BLOCK - lead
-    w0, w1, w2, w3 = philox4x32(seed, ((offset + j0) >> 2) + tl.arange(0, BLOCK // 4), step, stream)
-    z = normals(w0, w1, w2, w3)
+    q = ((offset + j0) >> 2) + tl.arange(0, BLOCK // 4)
     index = (tl.arange(0, BLOCK // 4) * 4)[:, None] + tl.arange(0, 4)[None, :]
-    if (lead == 0) & (j0 + BLOCK <= numel):
-        tl.store(tl.multiple_of(out + j0, 16) + index, z)
+    wide = (lead == 0) & (j0 + BLOCK <= numel)
+    if wide:  # each way has normals of its own: shared ones would be laid out for narrow accesses, and the wide way pay for it
+        w0, w1, w2, w3 = philox4x32(seed, q, step, stream)
+        tl.store(tl.multiple_of(out + j0, 16) + index, normals(w0, w1, w2, w3))
     else:
-        tl.store(out + j0 + index, z, (j0 + index >= 0) & (j0 + index < numel))
+        w0, w1, w2, w3 = philox4x32(seed, q, step, stream)
+        tl.store(out + j0 + index, normals(w0, w1, w2, w3), (j0 + index >= 0) & (j0 + index < numel))

@@ -36,16 +36,20 @@ class Span(NamedTuple):
     numel: tl.tensor
 
 
+# Indices have 64 bits. With 32 Triton would take AMD's buffer instructions, whose base must be the same in all lanes of a wave.
+# LLVM cannot see that of one from the table, so each access would become a loop over the lanes.
+
+
 @triton.jit
 def group_index(kind, group: tl.constexpr):
     packets = tl.arange(0, kind.block // kind.packet) * kind.packet
-    return (packets + kind.width * group)[:, None] + tl.arange(0, kind.width)[None, :]
+    return ((packets + kind.width * group)[:, None] + tl.arange(0, kind.width)[None, :]).to(tl.int64)
 
 
 @triton.jit
 def packet_index(kind):
     packets = tl.arange(0, kind.block // kind.packet) * kind.packet
-    return packets[:, None] + tl.arange(0, kind.packet)[None, :]
+    return (packets[:, None] + tl.arange(0, kind.packet)[None, :]).to(tl.int64)
 
 
 @triton.jit

@@ -4,6 +4,8 @@ What a call does and does not do is settled when its kernel is compiled: each wa
 branches for what is switched off. What differs from tensor to tensor lies in a table on the device.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -88,10 +90,25 @@ def random(kind, span, seed, step, group: tl.constexpr):
 # ---- One block ---------------------------------------------------------------------------------------------------------------
 
 
+class Addresses(NamedTuple):
+    """Where the tensors of a row are. They are read from the table once, and before anything is written.
+
+    After a store the compiler has to read the table again, as it may have changed. Those that play no part it leaves out.
+    """
+
+    y: tl.tensor
+    g: tl.tensor
+    x: tl.tensor
+    m: tl.tensor
+    v: tl.tensor
+    w: tl.tensor
+    c: tl.tensor
+    master: tl.tensor
+
+
 @triton.jit
-def take_block(terms, h, kind, span, g_address, seed, step):
+def take_block(terms, h, kind, span, at, seed, step):
     """Read, take the step, write. The loads come first: memory works while the noise is computed."""
-    row = span.row
     compute: tl.constexpr = tl.float64 if kind.stored == tl.float64 else tl.float32
     rounded_to: tl.constexpr = compute if kind.has_master else kind.stored
     # Which roles the call reads and writes; y is always written.
@@ -107,21 +124,21 @@ def take_block(terms, h, kind, span, g_address, seed, step):
     noisy: tl.constexpr = h.s is not None and (terms.inner or not terms.langevin)
 
     if reads_y and kind.has_master:
-        ys = read(kind, span, tl.load(row + MASTER), compute)
+        ys = read(kind, span, at.master, compute)
     elif reads_y:
-        ys = read(kind, span, tl.load(row + Y), kind.stored)
+        ys = read(kind, span, at.y, kind.stored)
     if terms.inner:
-        gs = read(kind, span, g_address, kind.stored)
+        gs = read(kind, span, at.g, kind.stored)
     if reads_x:
-        xs = read(kind, span, tl.load(row + X), compute)
+        xs = read(kind, span, at.x, compute)
     if reads_m:
-        ms = read(kind, span, tl.load(row + M), compute)
+        ms = read(kind, span, at.m, compute)
     if has_v:
-        vs = read(kind, span, tl.load(row + V), compute)
+        vs = read(kind, span, at.v, compute)
     if has_w:
-        ws = read(kind, span, tl.load(row + W), compute)
+        ws = read(kind, span, at.w, compute)
     if reads_c:
-        cs = read(kind, span, tl.load(row + C), compute)
+        cs = read(kind, span, at.c, compute)
 
     absent = tl.full((), 0.0, tl.float32)  # in the place of what plays no part
     stored_ys, new_masters, new_xs, new_ms, new_vs, new_ws = (), (), (), (), (), ()
@@ -166,16 +183,16 @@ def take_block(terms, h, kind, span, g_address, seed, step):
             new_ws = new_ws + (w,)
 
     if kind.has_master:
-        write(kind, span, tl.load(row + MASTER), compute, new_masters)
-    write(kind, span, tl.load(row + Y), kind.stored, stored_ys)
+        write(kind, span, at.master, compute, new_masters)
+    write(kind, span, at.y, kind.stored, stored_ys)
     if terms.outer:
-        write(kind, span, tl.load(row + X), compute, new_xs)
+        write(kind, span, at.x, compute, new_xs)
     if writes_m:
-        write(kind, span, tl.load(row + M), compute, new_ms)
+        write(kind, span, at.m, compute, new_ms)
     if has_v:
-        write(kind, span, tl.load(row + V), compute, new_vs)
+        write(kind, span, at.v, compute, new_vs)
     if has_w:
-        write(kind, span, tl.load(row + W), compute, new_ws)
+        write(kind, span, at.w, compute, new_ws)
 
 
 @triton.jit
@@ -210,6 +227,10 @@ def take_any_block(
     if terms.inner:
         g_address = tl.load(grads + tensor)
         wide = wide & ((g_address + j0 * size) % 16 == 0)
+    at = Addresses(
+        tl.load(row + Y), g_address, tl.load(row + X), tl.load(row + M),
+        tl.load(row + V), tl.load(row + W), tl.load(row + C), tl.load(row + MASTER),
+    )  # fmt: skip
     if PITCHED:
         pitched = numel > tl.load(row + RUN)
         wide = wide & ~pitched
@@ -217,7 +238,7 @@ def take_any_block(
     if wide:
         take_block(
             terms, h, Kind(STORED, STOCHASTIC, HAS_MASTER, BLOCK, packet, width, True, False),
-            Span(row, j0, numel), g_address, seed, step,
+            Span(row, j0, numel), at, seed, step,
         )  # fmt: skip
     else:  # by packets of 4: this seldom way must not decide how many registers the threads have
         parts: tl.constexpr = packet // 4
@@ -225,14 +246,8 @@ def take_any_block(
         for i in range(parts):
             span = Span(row, j0 + i * part, numel)
             if not PITCHED:
-                take_block(
-                    terms, h, Kind(STORED, STOCHASTIC, HAS_MASTER, part, 4, width, False, False), span, g_address, seed, step
-                )
+                take_block(terms, h, Kind(STORED, STOCHASTIC, HAS_MASTER, part, 4, width, False, False), span, at, seed, step)
             elif pitched:
-                take_block(
-                    terms, h, Kind(STORED, STOCHASTIC, HAS_MASTER, part, 4, width, False, True), span, g_address, seed, step
-                )
+                take_block(terms, h, Kind(STORED, STOCHASTIC, HAS_MASTER, part, 4, width, False, True), span, at, seed, step)
             else:
-                take_block(
-                    terms, h, Kind(STORED, STOCHASTIC, HAS_MASTER, part, 4, width, False, False), span, g_address, seed, step
-                )
+                take_block(terms, h, Kind(STORED, STOCHASTIC, HAS_MASTER, part, 4, width, False, False), span, at, seed, step)

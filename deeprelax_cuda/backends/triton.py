@@ -275,13 +275,17 @@ def _stored(dtype: torch.dtype) -> Any:
 
 def gaussian(numel: int, *, seed: int, step: int, stream: int, offset: int, device: torch.device) -> Tensor:
     """Return the float32 normals of elements ``offset`` to ``offset + numel`` of a stream (the whole counter word)."""
+    out = torch.empty(numel, dtype=torch.float32, device=device)
+    if numel:
+        with on(out.device):
+            start(launch_of_normals(out, seed, step, stream, offset, _target(out.device)), out.device)
+    return out
+
+
+def launch_of_normals(out: Tensor, seed: int, step: int, stream: int, offset: int, target: str) -> Launch:
+    """Return the launch that fills ``out``, of at least one element."""
     from deeprelax_cuda.triton_kernels.sizes import size_of
 
-    out = torch.empty(numel, dtype=torch.float32, device=device)
-    block, warps = size_of(4, _target(out.device))
-    if numel:
-        blocks = -(-(numel + offset % 4) // block)
-        integers = numel, to_int64(seed), step, stream, offset
-        with on(out.device):
-            start(Launch("gaussian_kernel", blocks, warps, (out,), integers, (block,), None), out.device)
-    return out
+    block, warps = size_of(4, target)
+    integers = out.numel(), to_int64(seed), step, stream, offset
+    return Launch("gaussian_kernel", -(-(out.numel() + offset % 4) // block), warps, (out,), integers, (block,), block)
