@@ -225,9 +225,10 @@ def _unavailable(name: str, device: str) -> str | None:
     return backends.load(name).unavailable(torch.device(device), torch.float32)
 
 
-def _triton_should_serve() -> bool:
+def _triton_should_serve(reason: str) -> bool:
+    """Whether it is a problem that Triton does not, for this reason: not that the device is too old, or that it interprets."""
     there = importlib.util.find_spec("triton") is not None and torch.cuda.is_available()
-    return there and os.environ.get("TRITON_INTERPRET", "0") == "0"
+    return there and os.environ.get("TRITON_INTERPRET", "0") == "0" and not reason.startswith("triton compiles for")
 
 
 def _backends() -> Findings:
@@ -245,13 +246,13 @@ def _backends() -> Findings:
                 problems.append(f"backends: {name} cannot be asked about {device} tensors: {reasons[name]}")
         if (reason := reasons.get("cuda")) and device == "cuda" and torch.version.cuda and cpu.build_info().get("nvcc"):
             problems.append(f"backends: this build has CUDA kernels, but cannot use them: {reason}")
-        if (reason := reasons.get("triton")) and device == "cuda" and _triton_should_serve():
-            problems.append(f"backends: Triton is installed, but cannot serve {device} tensors: {reason}")
         chosen = None
         try:
             chosen = backends.select(device, torch.float32).name
         except Exception as error:
             refusals.append(" ".join(str(error).split()))
+        if (reason := reasons.get("triton")) and device == "cuda" and chosen != "cuda" and _triton_should_serve(reason):
+            problems.append(f"backends: Triton is installed, but cannot serve {device} tensors: {reason}")
         devices[device] = {"auto": chosen, "unavailable": reasons}
         serves = {name: 'serves, and is what "auto" picks' if name == chosen else "serves" for name in reasons}
         rows += [(f"{device} tensors, {name}", f"cannot: {why}" if why else serves[name]) for name, why in reasons.items()]

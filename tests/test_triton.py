@@ -350,8 +350,9 @@ def test_a_capture_does_not_compile(compiler: Compiler, monkeypatch: pytest.Monk
     (launch,) = launches(triton.TritonPlan(tensors, target="cuda"), "langevin", F32, [torch.zeros(700)])
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match=r"while a CUDA graph is captured: take a step .* deeprelax_cuda.backends.warm_up"):
-        triton_launch.start(launch, gpu)
+    for refused in (triton_launch.start, lambda launch, gpu: triton_launch.check_capture(launch.kernel, launch.key, gpu)):
+        with pytest.raises(RuntimeError, match=r"while a CUDA graph is captured: take a step .* or call deeprelax_cuda"):
+            refused(launch, gpu)
     assert compiler.made == compiler.served == []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     triton_launch.start(launch, gpu)
@@ -379,7 +380,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pytest.fail("no memory can be pinned in a capture"))
     monkeypatch.setattr(triton_launch, "_reserve", triton_launch._Reserve())
     monkeypatch.setattr(triton_launch, "_read_by_graphs", {})
-    triton_launch._reserve.refill()
+    triton_launch._reserve.refill(torch.zeros(1))
 
 
 @pytest.mark.usefixtures("captured")
@@ -391,12 +392,17 @@ def test_captures_have_memory_of_their_own_that_stays() -> None:
     assert list(triton_launch._read_by_graphs.values()) == [first, second, third]
     first.zero_()
     assert torch.equal(second, tables[1])
-    left = triton_launch._reserve._free.numel()
-    triton_launch._reserve.refill()
-    assert triton_launch._reserve._free.numel() == left, "there is enough"
-    triton_launch._reserve.take(torch.zeros(left // 2 + 16, dtype=torch.uint8))
-    triton_launch._reserve.refill()
-    assert triton_launch._reserve._free.numel() == triton_launch._Reserve.SIZE
+    reserve = triton_launch._reserve
+    left = reserve._free.numel()
+    reserve.refill(tables[0])
+    assert reserve._free.numel() == left, "there is enough"
+    reserve.take(torch.zeros(left // 2 + 16, dtype=torch.uint8))
+    reserve.refill(tables[0])
+    assert reserve._free.numel() == reserve.SMALLEST
+    large = torch.zeros(2**20, dtype=torch.int32)
+    reserve.refill(large)
+    for _ in range(8):
+        reserve.take(large)  # of one that has been seen there are as many
 
 
 def test_block_sizes_are_whole_packets_and_powers_of_two() -> None:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from contract_cases import TRITON
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import deeprelax_cuda as dr
 from deeprelax_cuda import backends, doctor
@@ -178,13 +180,24 @@ def test_a_broken_triton_breaks_nobody_else(code: str, reason: str, tmp_path: Pa
 def test_a_triton_that_cannot_serve_a_gpu_is_a_problem_to_the_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_devices", lambda: ["cpu", "cuda"])
     monkeypatch.setattr(doctor, "_why_not_imported", lambda module, *path: "ImportError: libodd.so")
-    monkeypatch.setattr(doctor, "_triton_should_serve", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(cuda, "unavailable", lambda device, dtype: "no kernels")
     monkeypatch.delenv("DEEPRELAX_BACKEND", raising=False)
     with pytest.warns(RuntimeWarning):
         findings = doctor._backends()
     reason = "the triton kernels cannot be loaded: ImportError: libodd.so"
     assert findings.facts["devices"]["cuda"]["unavailable"]["triton"] == reason
-    assert f"backends: Triton is installed, but cannot serve cuda tensors: {reason}" in findings.problems
+    assert findings.problems == [f"backends: Triton is installed, but cannot serve cuda tensors: {reason}"]
+    monkeypatch.setattr(cuda, "unavailable", lambda device, dtype: None)
+    assert doctor._backends().problems == [], "nobody needs it there"
+    monkeypatch.setattr(cuda, "unavailable", lambda device, dtype: "no kernels")
+    monkeypatch.setattr(doctor, "_why_not_imported", lambda module, *path: None)
+    monkeypatch.setattr(triton, "unavailable", lambda device, dtype: "triton compiles for compute capability 8.0 and later")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert doctor._backends().problems == [], "the device is older"
 
 
 # ---- Warming up --------------------------------------------------------------------------------------------------------------
@@ -278,6 +291,65 @@ def test_an_optimizer_is_warmed_up_for_all_its_kinds_of_steps(averaging: Any, st
             p.grad = torch.ones_like(p)
         opt.step()
     assert warmed == kinds()
+
+
+def test_a_learning_rate_that_begins_at_zero_is_warmed_up_alike(steps: list[Any]) -> None:
+    kinds = []
+    for lr in (0.1, 0.0):
+        opt = dr.EntropySGD([torch.nn.Parameter(torch.ones(3))], lr=0.1, seed=0, averaging="linear", inner_steps=4)
+        opt.param_groups[0]["lr"] = lr
+        steps.clear()
+        backends.warm_up(opt)
+        kinds.append([(s.outer, s.a == 1.0) for _, s in steps])
+    assert kinds[0] == kinds[1] == [(False, True), (False, False), (True, False)]
+
+
+def test_warming_up_calls_nothing_of_the_user() -> None:
+    class Own(dr.EntropySGD):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, seed=0, gamma=1e-3, inner_lr=10.0)
+            self.extra = 1
+
+        def step(self, closure: Any = None) -> Any:
+            self.extra += 1
+            return super().step(closure)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        opt = Own([torch.nn.Parameter(torch.ones(3))])
+    called: list[Any] = []
+    handle = register_optimizer_step_pre_hook(lambda *args: called.append(args))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert backends.warm_up(opt) > 0
+    finally:
+        handle.remove()
+    assert (called, opt.extra) == ([], 1)
+
+
+def test_warming_up_takes_what_optimizers_take() -> None:
+    model = torch.nn.Linear(3, 2)
+    for params in (model.parameters(), model.named_parameters(), [{"params": model.named_parameters()}], model.weight, []):
+        assert backends.warm_up(params) > 0
+    for other in (model, torch.optim.SGD(model.parameters()), "weight", [1]):
+        with pytest.raises(TypeError, match="params: expected an optimizer of deeprelax_cuda, tensors, named"):
+            backends.warm_up(other)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager", *TRITON])
+def test_a_default_device_changes_nothing(backend: str) -> None:
+    def run() -> torch.Tensor:
+        p = torch.nn.Parameter(torch.ones(5, device="cpu"))
+        opt = dr.EntropySGD([p], seed=0, backend=backend, inner_steps=2)
+        for _ in range(3):
+            p.grad = torch.full((5,), 0.1, device="cpu")
+            opt.step()
+        return p.detach()
+
+    want = run()
+    with torch.device("meta"):
+        assert torch.equal(run(), want)
 
 
 def test_the_wait_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,15 +115,16 @@ def warm_up(params: Any, *, backend: str = "auto") -> float:
     compiled on disk, so that the next process waits less. What a process has waited for is in ``optimizer.explain()``.
 
     Args:
-        params: an optimizer of this package, whose own steps are made ready; or tensors, or param groups, of any number: then
-            the steps of `deeprelax_cuda.EntropySGD` at its defaults are, for each type and device among them.
+        params: an optimizer of this package, whose own steps are made ready; or tensors, named ones or param groups, of any
+            number: then the steps of `deeprelax_cuda.EntropySGD` at its defaults are, for each type and device among them.
         backend: for parameters, the backend that is to serve them; an optimizer has an option of that name.
 
     Raises:
+        TypeError: something else.
         ValueError, RuntimeError: as `select`.
     """
     began = time.perf_counter()
-    if hasattr(params, "param_groups"):
+    if hasattr(params, "rehearse"):
         params.rehearse()
         return time.perf_counter() - began
     kinds = dict.fromkeys((p.device, p.dtype) for p in _tensors_of(params))
@@ -143,10 +144,17 @@ def warm_up(params: Any, *, backend: str = "auto") -> float:
     return time.perf_counter() - began
 
 
-def _tensors_of(params: Tensor | Iterable[Any]) -> Iterable[Tensor]:
+def _tensors_of(params: Any) -> list[Tensor]:
     if isinstance(params, Tensor):
         return [params]
-    return [p for item in params for p in _tensors_of(item["params"] if isinstance(item, dict) else item)]
+    if isinstance(params, dict) and "params" in params:
+        return _tensors_of(params["params"])
+    if isinstance(params, tuple) and len(params) == 2 and isinstance(params[0], str):
+        return _tensors_of(params[1])
+    if isinstance(params, (str, bytes)) or not isinstance(params, Iterable):
+        expected = "an optimizer of deeprelax_cuda, tensors, named tensors or param groups"
+        raise TypeError(f"params: expected {expected}, got {type(params).__name__}")
+    return [p for item in params for p in _tensors_of(item)]
 
 
 def waited(name: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from deeprelax_cuda.backends.triton_launch import Launch, capturing, compiled, keep_for_graphs, on, start, upload
+from deeprelax_cuda.backends.triton_launch import Launch, capturing, check_capture, compiled, keep_for_graphs, on, start, upload
 from deeprelax_cuda.clock import Clock, Rule
 from deeprelax_cuda.noise import to_int64
 from deeprelax_cuda.steps import STORED, Scalars, Tensors
@@ -99,12 +99,13 @@ class TritonPlan:
         from deeprelax_cuda.triton_kernels.sizes import size_of
         from deeprelax_cuda.triton_kernels.table import rows_of
 
-        first = tensors.params[0] if tensors.params else torch.empty(0)
+        first = tensors.params[0] if tensors.params else torch.empty(0, device="cpu")
         self._device, self._dtype = first.device, first.dtype
         self._block, self._warps = size_of(first.element_size(), target or _target(first.device))
         rows, counts = rows_of(tensors, self._block)
-        self._rows = torch.tensor(rows, dtype=torch.int64)
-        self._blocks = torch.repeat_interleave(torch.tensor(counts, dtype=torch.int64)).to(torch.int32)
+        # On the CPU, whatever torch.set_default_device says.
+        self._rows = torch.tensor(rows, dtype=torch.int64, device="cpu")
+        self._blocks = torch.repeat_interleave(torch.tensor(counts, dtype=torch.int64, device="cpu")).to(torch.int32)
         self._has_master = bool(tensors.masters)
         self._pitched = any(p.numel() > place.run for p, place in zip(tensors.params, tensors.places, strict=True))
         self._table: tuple[Tensor, Tensor] | None = None
@@ -159,11 +160,7 @@ class TritonPlan:
         def number(value: float, plays: bool) -> Any:
             return self._encoded(value) if plays else None
 
-        rows, blocks = self._tables()
-        arguments = (
-            rows,
-            self._table_of(addresses) if inner else None,
-            blocks,
+        others = (
             None if clock is None else clock.numbers,
             inv_scale if inner else None,
             found_inf,
@@ -195,9 +192,12 @@ class TritonPlan:
             self._has_master,
             self._pitched and (noisy or stochastic),
         )
-        # An int among the arguments is the bits of a float64, which Triton takes for one of 32 bits where it fits.
-        narrow = self._dtype == torch.float64 and tuple(type(v) is int and -(2**31) <= v < 2**31 for v in arguments)
-        key = self._dtype, flags, tuple(map(type, arguments)), narrow
+        # An int among them is the bits of a float64, which Triton takes for one of 32 bits where it fits.
+        narrow = self._dtype == torch.float64 and tuple(type(v) is int and -(2**31) <= v < 2**31 for v in others)
+        key = self._dtype, flags, tuple(map(type, others)), narrow
+        check_capture("step_kernel", key, self._device)
+        rows, blocks = self._tables()
+        arguments = rows, self._table_of(addresses) if inner else None, blocks, *others
         integers, settled = (to_int64(sc.seed), sc.step), (_stored(self._dtype), *flags)
         return Launch("step_kernel", self._blocks.numel(), self._warps, arguments, integers, settled, key)
 

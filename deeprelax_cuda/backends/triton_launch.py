@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import threading
 import time
 from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
@@ -45,7 +46,7 @@ def start(launch: Launch, device: torch.device) -> None:
     """Start a kernel on the current stream of ``device``, which is the current device; on the CPU, interpret it.
 
     Raises:
-        RuntimeError: it is to be captured in a graph, but has not been compiled and loaded yet, which a capture does not allow.
+        RuntimeError: see `check_capture`.
     """
     arguments = *launch.arguments, *launch.integers, *launch.settled
     if (ready := find(launch, device)) is not None:
@@ -55,15 +56,24 @@ def start(launch: Launch, device: torch.device) -> None:
     if device.type == "cpu":
         kernel[launch.blocks,](*arguments)
         return
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "a Triton kernel cannot be compiled or loaded while a CUDA graph is captured: take a step of each kind before, or "
-            "call deeprelax_cuda.backends.warm_up"
-        )
+    check_capture(launch.kernel, launch.key, device)
     began = time.perf_counter()
     ready = kernel[launch.blocks,](*arguments, num_warps=launch.warps, enable_fp_fusion=False)
     _ready[device.index, launch.kernel, launch.key] = ready
     compiled.append(time.perf_counter() - began)
+
+
+def check_capture(kernel: str, key: Hashable, device: torch.device) -> None:
+    """Refuse what is to be captured in a graph before its kernel has been compiled and loaded, which a capture does not allow.
+
+    Raises:
+        RuntimeError: with what to do.
+    """
+    if capturing(device) and (device.index, kernel, key) not in _ready:
+        raise RuntimeError(
+            "a Triton kernel cannot be compiled or loaded while a CUDA graph is captured: take a step of each kind before, or "
+            "call deeprelax_cuda.backends.warm_up"
+        )
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
@@ -80,8 +90,8 @@ def capturing(device: torch.device) -> bool:
 
 # ---- Memory -----------------------------------------------------------------------------------------------------------------
 # A graph holds addresses, and nothing says when the last graph is gone. So what graphs read is kept for good: tables on the
-# device, and the memory of the host that their copies read at each replay. No such memory can be had during a capture (before
-# torch 2.11), so some of it lies ready.
+# device, and the memory of the host that their copies read at each replay. Before torch 2.11 no pinned memory can be had during
+# a capture, so some of it lies ready.
 
 _read_by_graphs: dict[int, Tensor] = {}
 
@@ -94,24 +104,34 @@ def keep_for_graphs(*tensors: Tensor) -> None:
 class _Reserve:
     """Pinned memory that lies ready for captures."""
 
-    SIZE = 2**20  # bytes: the addresses of 131,072 tensors
+    SMALLEST = 2**20  # bytes: the gradients' addresses of 131,072 tensors
+    TABLES = 16  # as large as the largest so far
 
     def __init__(self) -> None:
-        self._free = torch.empty(0, dtype=torch.uint8)
+        self._lock = threading.Lock()
+        self._free = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._size = self.SMALLEST
 
-    def refill(self) -> None:
-        if self._free.numel() < self.SIZE // 2:
-            self._free = torch.empty(self.SIZE, dtype=torch.uint8, pin_memory=True)
+    def refill(self, here: Tensor) -> None:
+        """Get more where it is running out; ``here`` is a table that may be captured later."""
+        with self._lock:
+            self._size = max(self._size, self.TABLES * _padded(here))
+            if self._free.numel() < self._size // 2:
+                self._free = torch.empty(self._size, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def take(self, here: Tensor) -> Tensor:
         """Return a pinned copy, which is kept for graphs."""
-        size = -(-here.nbytes // 16) * 16
-        if size > self._free.numel():
-            pinned = here.pin_memory()
-        else:
-            pinned, self._free = self._free[: here.nbytes].view(here.dtype).copy_(here), self._free[size:]
-        keep_for_graphs(pinned)
+        with self._lock:
+            if _padded(here) > self._free.numel():
+                pinned = here.pin_memory()
+            else:
+                pinned, self._free = self._free[: here.nbytes].view(here.dtype).copy_(here), self._free[_padded(here) :]
+            keep_for_graphs(pinned)
         return pinned
+
+
+def _padded(here: Tensor) -> int:
+    return -(-here.nbytes // 16) * 16
 
 
 _reserve = _Reserve()
@@ -124,6 +144,6 @@ def upload(here: Tensor, device: torch.device) -> Tensor:
     if capturing(device):
         pinned = _reserve.take(here)
     else:
-        _reserve.refill()
+        _reserve.refill(here)
         pinned = here.pin_memory()
     return pinned.to(device, non_blocking=True)

@@ -243,7 +243,8 @@ class RelaxationOptimizer(TwoWeights):
     def rehearse(self) -> None:
         """Take steps of each kind with these options on other parameters, of one element: `deeprelax_cuda.backends.warm_up`.
 
-        All that the coming steps need is then compiled and loaded, but for gradient scaling; this optimizer is left alone.
+        All that the coming steps need is then compiled and loaded, but for gradient scaling and for parameters that take no
+        inner step while others do; this optimizer is left alone.
         """
         groups = []
         for group in map(in_numbers, self.param_groups):
@@ -252,14 +253,16 @@ class RelaxationOptimizer(TwoWeights):
             groups.append({**group, **dict.fromkeys(COUNTERS, 0), "params": params, "closure_mode": "once", "train_mode": True})
         other = type(self).__new__(type(self))
         other.__setstate__({"defaults": self.defaults, "state": defaultdict(dict), "param_groups": groups})
+        other._warned_diverging = True  # nobody trains with it
         for p in [p for group in groups for p in group["params"]]:
-            p.grad = torch.zeros_like(p)
+            p.grad = torch.ones_like(p)
         # The first two of a period, whose averages may differ, and the last; with capturable a step has them all.
         last = groups[0]["inner_steps"] - 1
         for position in (0, 1, last):
             for group in other.param_groups:
                 set_number(group, "position", min(position, last))
-            other.step()
+            with torch.no_grad():
+                other._take_step(False)  # not step(), which is the user's too: hooks, subclasses
         for device in {p.device for group in groups for p in group["params"] if p.is_cuda}:
             torch.cuda.synchronize(device)
 
