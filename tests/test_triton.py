@@ -38,7 +38,7 @@ from deeprelax_cuda.backends import cpu, triton, triton_launch
 from deeprelax_cuda.noise import Place, as_place
 from deeprelax_cuda.steps import Tensors
 from deeprelax_cuda.triton_kernels import kernels, sizes
-from deeprelax_cuda.triton_kernels.table import COLUMNS, ROW, rows_of
+from deeprelax_cuda.triton_kernels.table import COLUMNS, ROW, _first_packet, rows_of
 
 F32, F64, BF16, F16 = DTYPES
 BLOCK = 64
@@ -87,7 +87,7 @@ def check(name: str, dtype: torch.dtype, lengths: list[int], offset: Offset, pla
 def test_whole_packets(name: str, dtype: torch.dtype) -> None:
     if dtype not in BY_NAME[name].dtypes:
         pytest.skip("the case is none of this type")
-    check(name, dtype, [3, BLOCK, 2 * BLOCK + 5], OFFSETS["aligned"])
+    check(name, dtype, [3, BLOCK, 2 * BLOCK - 3], OFFSETS["aligned"])
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -143,6 +143,17 @@ def test_packets_begin_where_counters_and_then_addresses_do(kind: str, offset: A
     tensors = tensors_of(case, [{key: guard.tensor for key, guard in guards.items()}], [7], [as_place("place", offset, 700)])
     row = dict(zip(COLUMNS, rows_of(tensors, BLOCK)[0], strict=False))
     assert (row["start"], bool(row["aligned"]), row["number"], row["numel"]) == (start, aligned, 7, 700)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 4, 7, (1, 7, 9), (2, 1000, 1000)], ids=str)
+@pytest.mark.parametrize("shift", [0, 1, 2, 4])
+def test_the_usual_roles_alone_begin_there_too(shift: int, place: Any) -> None:
+    """A short cut serves where all is aligned, as nearly always."""
+    tensors = [Guarded(torch.zeros(700), shift).tensor for _ in range(4)]
+    place = as_place("place", place, 700)
+    call = Tensors(tensors[:1], anchors=tensors[1:2], averages=tensors[2:3], momenta=tensors[3:], numbers=[0], places=[place])
+    row = dict(zip(COLUMNS, rows_of(call, BLOCK)[0], strict=False))
+    assert (row["start"], bool(row["aligned"])) == _first_packet([(t.data_ptr(), 4) for t in tensors], place, 700, 4)
 
 
 def test_a_row_for_each_tensor_and_a_number_for_each_block() -> None:
