@@ -81,12 +81,14 @@ def check(name: str, dtype: torch.dtype, lengths: list[int], offset: Offset, pla
     assert all(guard.intact() for guard in guards)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(("name", "dtype"), [(case.name, dtype) for case in CASES for dtype in case.dtypes])
 def test_whole_packets(name: str, dtype: torch.dtype) -> None:
     check(name, dtype, [3, BLOCK, 2 * BLOCK - 3], OFFSETS["aligned"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("kind", OFFSETS)
 @pytest.mark.parametrize(
@@ -96,6 +98,7 @@ def test_any_alignment(name: str, dtype: torch.dtype, kind: str) -> None:
     check(name, dtype, [1, BLOCK - 1, BLOCK, 2 * BLOCK + 9], OFFSETS[kind])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("place", PLACES, ids=str)
 @pytest.mark.parametrize(("name", "dtype"), FOUR)
@@ -105,6 +108,7 @@ def test_any_place(name: str, dtype: torch.dtype, place: Any) -> None:
         check(name, dtype, lengths, OFFSETS[kind], [as_place("place", place, n) for n in lengths])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks")
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(data=st.data())
@@ -163,6 +167,7 @@ def test_a_row_for_each_tensor_and_a_number_for_each_block() -> None:
 # ---- Tensors that are too large to exist -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("numel", [2**31 + 5, 2**33 + 1029, 2**40 + 3])
 @pytest.mark.parametrize(("name", "dtype"), [("fused-outer-all", F32), ("stochastic", BF16), ("langevin", F64)])
@@ -191,6 +196,7 @@ def test_the_last_blocks_of_a_huge_tensor_are_a_shard_of_it(name: str, dtype: to
 MAKERS = {"triton": triton.make_plan, "cpu": cpu.make_plan}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("lr", [F32, F64], ids=str)
 @pytest.mark.parametrize("rule", RULES)

@@ -131,6 +131,7 @@ def test_cpu_tensors_are_served_only_when_it_is_asked_for(monkeypatch: pytest.Mo
 # ---- Without Triton, and with one that is broken -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_nothing_imports_triton_before_it_is_asked_for() -> None:
     said = python(
         "import sys, torch, deeprelax_cuda as dr\n"
@@ -148,6 +149,7 @@ def test_nothing_imports_triton_before_it_is_asked_for() -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
