@@ -26,7 +26,8 @@ if importlib.util.find_spec("deeprelax_cuda.triton_kernels") is None:
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "triton" in getattr(item, "callspec", item).__dict__.get("params", {}).values():
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if "triton" in params.values():
             item.add_marker(pytest.mark.slow)  # the interpreter is
         if marker := item.get_closest_marker("mutant"):
             item.user_properties.append((OF, marker.args[0]))
