@@ -413,7 +413,7 @@ def captured_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[dr.EntropySGD], 
 
     def step(optimizer: dr.EntropySGD) -> None:
         with monkeypatch.context() as patch:
-            for module in ("clocks", "base"):
+            for module in ("clocks", "captures"):
                 patch.setattr(f"deeprelax_cuda.optim.{module}.is_capturing", lambda groups: True)
             optimizer.step()
 

@@ -50,7 +50,7 @@ def run(optimizer: EntropySGD, p: Tensor, steps: int) -> Iterator[dict[str, Tens
         p.grad = gradient(p.detach())
         optimizer.step()
         tensors = {"param": p, **optimizer.state[p]}
-        yield {role: t.detach().clone() for role, t in tensors.items() if isinstance(t, Tensor)}
+        yield {role: t.detach().clone() for role, t in tensors.items() if role != "period_steps"}
 
 
 def by_the_formula(start: Tensor, steps: int, number: int = 0, **changes: Any) -> Iterator[SimpleNamespace]:

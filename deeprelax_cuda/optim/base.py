@@ -6,10 +6,8 @@ A method adds its defaults, its checks, and how the options of a group become th
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from abc import abstractmethod
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -19,19 +17,30 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from deeprelax_cuda import backends
-from deeprelax_cuda.clock import Clock
+from deeprelax_cuda.clock import COUPLED, Clock, Law, follows
 from deeprelax_cuda.noise import check_seed, check_step
-from deeprelax_cuda.optim.clocks import Clocks, counts_in_numbers, device_of, in_numbers, is_capturing, set_number
-from deeprelax_cuda.optim.describe import Notes, Seen, describe, gamma_notes, outer_notes
+from deeprelax_cuda.optim import captures
+from deeprelax_cuda.optim.clocks import Clocks, counts_in_numbers, device_of, in_numbers
+from deeprelax_cuda.optim.describe import GRADIENT_LEGEND, LEGEND, Notes, Seen, describe, gamma_notes, outer_notes
 from deeprelax_cuda.optim.launches import Call, Launch, Launches, Needs
-from deeprelax_cuda.optim.options import check_gamma_rule, check_loop_options, resolve_seed, select_backend, warn_user
+from deeprelax_cuda.optim.options import (
+    ABSENT,
+    check_gamma_rule,
+    check_loop_options,
+    resolve_seed,
+    select_backend,
+    warn_user,
+)
+from deeprelax_cuda.optim.rehearsal import rehearse
 from deeprelax_cuda.optim.scoping import gamma_of
 from deeprelax_cuda.optim.watched import watched
 from deeprelax_cuda.optim.weights import CONTRACT_VERSION, TwoWeights
-from deeprelax_cuda.steps import NARROW, Scalars, check_rounding, round_scalar
+from deeprelax_cuda.steps import NARROW, Family, Scalars, check_rounding, round_scalar
 
 #: The optimizer's one counter, the same in every group: inner steps taken, of them in this period, and outer steps taken.
 COUNTERS = ("step", "position", "outer_steps")
+#: What the numbers that a law gives are called in errors.
+NAMES = {"k": "1/gamma", "c": "gamma", "s": "noise std", "eta": "lr", "lr": "lr"}
 
 
 class RelaxationOptimizer(TwoWeights):
@@ -54,18 +63,25 @@ class RelaxationOptimizer(TwoWeights):
         "fused",
         "differentiable",
     )
-    #: An outer lr below this leaves the anchor where it is; it is what trainers pass to other optimizers.
+    #: Of the options in `options.ABSENT`, those that the method has not.
+    WITHOUT: ClassVar[tuple[str, ...]] = ()
+    #: The interval of gamma; without inf, where the formula has gamma itself and not its reciprocal.
+    GAMMAS: ClassVar[str] = "(0, inf]"
+    #: An lr below this leaves the anchor where it is; it is what trainers pass to other optimizers.
     SMALLEST_USEFUL_LR: ClassVar[float] = 0.01
+    #: What lr is, in words: to who describes it, and to who has set it too low.
+    OUTER_STEP: ClassVar[str] = "lr, the part of the way from x to m that an outer step goes"
+    LR: ClassVar[str] = (
+        "the part of the way to the average that each outer step goes, 0.1 to 1; the step along the gradient is inner_lr"
+    )
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+    def __init__(self, params: ParamsT, options: dict[str, Any]) -> None:
         self._forget()
-        super().__init__(params, {**defaults, "seed": resolve_seed(defaults["seed"])})
+        absent = {name: ABSENT[name] for name in self.WITHOUT}
+        super().__init__(params, {**absent, **options, "seed": resolve_seed(options["seed"])})
         lr = min(float(group["lr"]) for group in self.param_groups)
         if lr < self.SMALLEST_USEFUL_LR:
-            warn_user(
-                f"lr={lr:g} hardly moves the anchor: lr is the part of the way to the average that each outer step goes, "
-                "0.1 to 1; the step along the gradient is inner_lr"
-            )
+            warn_user(f"lr={lr:g} hardly moves the anchor: lr is {self.LR}")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -77,9 +93,10 @@ class RelaxationOptimizer(TwoWeights):
     def _forget(self) -> None:
         """Set what is neither saved nor copied, and what nothing but speed and the number of warnings depends on."""
         self._launches = Launches()
-        self._clocks = Clocks()
+        self._clocks = Clocks(self.GAMMAS)
         self._has_stepped = False  # as far as is known without asking a device
-        self._warned_eval = self._warned_diverging = False
+        self._is_rehearsal = False  # nobody trains with it
+        self._warned: set[str] = set()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, also in mid-training; options that it does not give are the optimizer's.
@@ -98,9 +115,10 @@ class RelaxationOptimizer(TwoWeights):
             shared,
             **{name: int(first[name]) if first else 0 for name in COUNTERS},
             train_mode=first["train_mode"] if first else True,
+            method=self.METHOD,
             contract_version=CONTRACT_VERSION,
             initial_gamma=float(group["gamma"]),
-            initial_inner_lr=float(group["inner_lr"]),
+            initial_inner_lr=float(group.get("inner_lr", 0.0)),
         )
         param_group["gamma"] = gamma_of({**group, **param_group})
         super().add_param_group(param_group)
@@ -111,9 +129,8 @@ class RelaxationOptimizer(TwoWeights):
         """Return the state as every `torch.optim.Optimizer` does; counters, gamma and lr are plain numbers in any case."""
 
         def in_plain_numbers(_: Optimizer, state_dict: dict[str, Any]) -> None:
-            if isinstance(self.param_groups[0]["step"], Tensor):
-                state_dict["param_groups"] = [in_numbers(group) for group in state_dict["param_groups"]]
-                state_dict["state"] = counts_in_numbers(state_dict["state"])
+            state_dict["param_groups"] = [in_numbers(group) for group in state_dict["param_groups"]]
+            state_dict["state"] = counts_in_numbers(state_dict["state"])
 
         handle = self.register_state_dict_post_hook(in_plain_numbers, prepend=True)
         try:
@@ -146,7 +163,7 @@ class RelaxationOptimizer(TwoWeights):
         Raises:
             TypeError, ValueError, RuntimeError: a tensor or an option that cannot be served, by name. No step is taken then.
         """
-        self._check_capture()
+        captures.check_optimizer(self)
         loops = self.param_groups[0]["closure_mode"] == "inner_loop"
         if loops and closure is None and not self._is_untouched():
             raise ValueError(
@@ -182,12 +199,12 @@ class RelaxationOptimizer(TwoWeights):
         if not clocked and isinstance(first["step"], Tensor):
             self._leave_device()
         # With clocks the device knows whether it is the last step of a period, and each step has the launches of a last one.
-        outer = clocked or first["position"] + 1 >= first["inner_steps"]
+        has_periods = first["inner_steps"] is not None
+        outer = has_periods and (clocked or first["position"] + 1 >= first["inner_steps"])
         launches = self._launches.prepare(self.param_groups, self.state, outer, self._needs, self._labels)
         if not any(launch.call.bucket.inner for launch in launches):
             return False
-        if is_capturing(self.param_groups):
-            self._check_captured(launches)
+        captures.check_launches(self, launches)
         scalars = [self._scalars(launch.call, outer) for launch in launches]
         for group in self.param_groups if outer else ():
             check_gamma_rule(group)
@@ -195,7 +212,7 @@ class RelaxationOptimizer(TwoWeights):
         if clocked and not phantom:
             self._clocks.settle(self.param_groups)
         if from_eval and not phantom:
-            self._warn_eval()
+            self._warn_once("eval", "step() in eval mode: back to the live weights first; call train() after eval()")
 
         # From here on nothing is refused.
         self._launches.commit(self.param_groups, self.state)
@@ -205,6 +222,8 @@ class RelaxationOptimizer(TwoWeights):
             if first["step"] == 0:  # weights may have been loaded since a phantom step made the state
                 self.reset_anchors_()
             self._has_stepped = True
+            self._has_begun()
+        self._observe(launches)
         clocks = self._make_clocks(launches) if clocked else [None] * len(launches)
         for launch, numbers, clock in zip(launches, scalars, clocks, strict=True):
             launch.call.plan.run(launch.grads, numbers, addresses=launch.addresses, clock=clock)
@@ -246,25 +265,7 @@ class RelaxationOptimizer(TwoWeights):
         All that the coming steps need is then compiled and loaded, but for gradient scaling and for parameters that take no
         inner step while others do; this optimizer is left alone.
         """
-        groups = []
-        for group in map(in_numbers, self.param_groups):
-            kinds = dict.fromkeys((p.device, p.dtype) for p in group["params"])
-            params = [torch.zeros(1, device=device, dtype=dtype, requires_grad=True) for device, dtype in kinds]
-            groups.append({**group, **dict.fromkeys(COUNTERS, 0), "params": params, "closure_mode": "once", "train_mode": True})
-        other = type(self).__new__(type(self))
-        other.__setstate__({"defaults": self.defaults, "state": defaultdict(dict), "param_groups": groups})
-        other._warned_diverging = True  # nobody trains with it
-        for p in [p for group in groups for p in group["params"]]:
-            p.grad = torch.ones_like(p)
-        # The first two of a period, whose averages may differ, and the last; with capturable a step has them all.
-        last = groups[0]["inner_steps"] - 1
-        for position in (0, 1, last):
-            for group in other.param_groups:
-                set_number(group, "position", min(position, last))
-            with torch.no_grad():
-                other._take_step(False)  # not step(), which is the user's too: hooks, subclasses
-        for device in {p.device for group in groups for p in group["params"] if p.is_cuda}:
-            torch.cuda.synchronize(device)
+        rehearse(self, COUNTERS)
 
     def describe(self) -> str:
         """Return what the options amount to, in words and numbers, with advice where a setting does nothing or does harm.
@@ -293,28 +294,47 @@ class RelaxationOptimizer(TwoWeights):
     # What a method adds.
 
     @abstractmethod
-    def _inner_scalars(self, group: dict[str, Any], dtype: torch.dtype, count: int) -> dict[str, Any]:
-        """Return the inner step's part of `Scalars`, rounded; ``count`` is the number of the step in its period's average."""
+    def _inner_scalars(self, group: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+        """Return the inner step's part of `Scalars`, rounded, but for what the method's law says."""
+
+    def _family(self, group: dict[str, Any]) -> Family:
+        """Return the family of the inner steps."""
+        return "langevin"
+
+    def _law(self, group: dict[str, Any]) -> Law:
+        """Return what gamma, lr and the steps of a period are in the formula."""
+        return COUPLED
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Refuse an option of a new group, complete with defaults, by its name; a method checks its own besides."""
-        check_loop_options(group)
+        check_loop_options(group, self.METHOD, self.WITHOUT, self.GAMMAS)
 
     def _roles(self, group: dict[str, Any], dtype: torch.dtype) -> list[str]:
         """Return the names of the state that a parameter needs; a method adds its own."""
-        roles = ["anchor", "average"]
+        counted = self._family(group) == "gradient_average"
+        roles = ["anchor", *(("gradient_average", "period_steps") if counted else ("average",))]
         if group["momentum"] != 0.0:
             roles.append("outer_momentum")
         if group["master_weights"] and dtype in NARROW:
             roles.append("master")
         return roles
 
+    def _legend(self, group: dict[str, Any]) -> str:
+        """Return what the letters of `describe` stand for."""
+        return LEGEND if self._family(group) == "langevin" else GRADIENT_LEGEND
+
+    def _has_begun(self) -> None:
+        """Do what the first step of this object has to do, its state made; most methods have nothing to do."""
+
+    def _observe(self, launches: list[Launch]) -> None:
+        """Look at the gradients and the state that a step is about to be taken on; most methods do not."""
+
     def _moved_anchor(self) -> None:
         """Say what the values that follow the outer steps have come to; most methods have nothing to say."""
 
     def _notes(self, group: dict[str, Any], seen: Seen) -> Notes:
         """Return what `describe` says of a group; a method puts its inner loop before."""
-        return gamma_notes(group) + outer_notes(group, self.SMALLEST_USEFUL_LR)
+        return gamma_notes(group) + outer_notes(group, self.OUTER_STEP, self.LR, self.SMALLEST_USEFUL_LR)
 
     # The loop.
 
@@ -330,14 +350,15 @@ class RelaxationOptimizer(TwoWeights):
         for p, y in live.items():
             self.state[p]["live"] = y
 
-    def _warn_eval(self) -> None:
-        if not self._warned_eval:
-            self._warned_eval = True
-            warn_user("step() in eval mode: back to the live weights first; call train() after eval()")
+    def _warn_once(self, subject: str, message: str) -> None:
+        if subject not in self._warned and not self._is_rehearsal:
+            self._warned.add(subject)
+            warn_user(message)
 
     def _needs(self, group: dict[str, Any], dtype: torch.dtype) -> Needs:
         options = [group[name] for name in ("backend", "foreach", "fused", "capturable")]
-        return Needs(self._roles(group, dtype), [*options, os.environ.get("DEEPRELAX_BACKEND")])
+        options.append(os.environ.get("DEEPRELAX_BACKEND"))
+        return Needs(self._family(group), self._roles(group, dtype), self.FIRST_COUNT, options)
 
     def _is_phantom(self, launches: list[Launch]) -> bool:
         """Whether this is the step that checkpoint tools take to have the state allocated: lr 0 and no gradient but zeros."""
@@ -345,44 +366,22 @@ class RelaxationOptimizer(TwoWeights):
 
     def _is_untouched(self) -> bool:
         """Whether there is no state yet and every lr is 0: only then a step may be a phantom."""
-        return not any(self.state.values()) and all(float(group["lr"]) == 0.0 for group in self.param_groups)
-
-    def _check_capture(self) -> None:
-        """Refuse to be captured in a CUDA graph whose replays would not do what they should."""
-        if not is_capturing(self.param_groups):
-            return
-        if not self.param_groups[0]["capturable"]:
-            raise RuntimeError("capturable: expected True where step() is captured in a CUDA graph, got False")
-        if not self._has_stepped:
-            raise RuntimeError("capturable: take a step before the one that is captured; it makes the state and the launches")
-        if not self._is_training():
-            raise RuntimeError("capturable: call train() before the capture, which would go back to the live weights each time")
-
-    def _check_captured(self, launches: list[Launch]) -> None:
-        """Refuse what would go into the graph of this step beside it."""
-        if not all(launch.call.plan.CAPTURABLE for launch in launches):
-            raise RuntimeError(f"backend: expected one whose steps can be captured in a CUDA graph, got {self.explain()}")
-        for call, *_ in launches:
-            for number, p, own in zip(call.bucket.numbers, call.bucket.params, call.states, strict=True):
-                if own is not self.state.get(p):
-                    label = self._labels()[number]
-                    raise RuntimeError(
-                        f"params[{label}]: take a step with it before the capture, which would make its state each time"
-                    )
+        cold = not any(self.state.values()) and all(float(group["lr"]) == 0.0 for group in self.param_groups)
+        return cold and not self._has_stepped and int(self.param_groups[0]["step"]) == 0
 
     def _leave_device(self) -> None:
         """Go on with counters of the host, after somebody has turned capturable off."""
         for group in self.param_groups:
             group.update({**in_numbers(group), "lr": group["lr"]})
-        self.state.update(counts_in_numbers(self.state))
 
     def _make_clocks(self, launches: list[Launch]) -> list[Clock]:
         """Return the clock of each launch; a group without any counts by itself."""
         clocks, last = [], {launch.call.bucket.group: i for i, launch in enumerate(launches)}
         for i, launch in enumerate(launches):
             index, count = launch.call.bucket.group, launch.call.period_steps
-            shared = count if isinstance(count, Tensor) else None
-            clocks.append(self._clocks.clock(self.param_groups, index, i, shared, counts=last[index] == i))
+            law, counts = self._law(self.param_groups[index]), last[index] == i
+            clock = self._clocks.clock(self.param_groups, index, law, ordinal=i, period_steps=count, counts=counts)
+            clocks.append(clock)
         for index, group in enumerate(self.param_groups):
             if index not in last:
                 name = select_backend(group, device_of(group, self.param_groups), torch.float32).name
@@ -395,31 +394,38 @@ class RelaxationOptimizer(TwoWeights):
     def _scalars(self, call: Call, outer: bool) -> Scalars:
         """Return the numbers of a call; with a clock those that it brings itself are left open."""
         group, dtype, clocked = self.param_groups[call.bucket.group], call.bucket.dtype, self.param_groups[0]["capturable"]
-        if clocked:
-            group = {**group, "step": 0, "lr": 0.0, "gamma": math.inf}
+        law, family = self._law(group), call.needs.family
         mu_o = round_scalar("momentum", group["momentum"], dtype)
+        numbers: dict[str, Any] = self._inner_scalars(group, dtype)
+        if not clocked:
+            gamma = float(group["gamma"])
+            if not gamma > 0.0:
+                raise ValueError(f"gamma: expected a number above 0, got {gamma}; gamma_min keeps scoping above 0")
+            found = law.numbers(gamma, float(group["lr"]))
+            numbers.update({name: round_scalar(NAMES[name], value, dtype) for name, value in found.items()})
+            if (count := call.count) is not None:
+                outer = outer and follows(family, count)
+                numbers["a"] = round_scalar("1 - averaging", law.weight(count, numbers.get("a", 0.0)), dtype)
         return Scalars(
+            family=family,
             inner=call.bucket.inner,
             outer=outer,
             wd=round_scalar("weight_decay", group["weight_decay"], dtype),
             maximize=bool(group["maximize"]),
-            lr=round_scalar("lr", group["lr"], dtype),
             mu_o=mu_o,
             wd_o=round_scalar("outer_weight_decay", group["outer_weight_decay"], dtype),
             nesterov_o=bool(group["nesterov"]) and mu_o != 0.0,
             seed=check_seed(group["seed"]),
-            step=check_step(group["step"]),
+            step=0 if clocked else check_step(group["step"]),
             rounding=check_rounding(group["rounding"], dtype, "master" in call.needs.roles),
-            **self._inner_scalars(group, dtype, 1 if clocked else call.count),
+            **numbers,
         )
 
     def _count(self, launches: list[Launch], outer: bool) -> None:
         """Count the step that has been taken; at the end of a period gamma follows its rule and a new period starts."""
         for call, *_ in launches:
-            if call.bucket.inner and "period_steps" in call.needs.roles:
-                count = call.count
-                for state in call.states:
-                    state["period_steps"] = count
+            if (count := call.count) is not None and (held := call.period_steps) is not None:
+                held.fill_(min(count, 0) if outer else count)
         for group in self.param_groups:
             group["step"] += 1
             group["position"] += 1

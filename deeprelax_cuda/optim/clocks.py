@@ -13,16 +13,14 @@ import torch
 from torch import Tensor
 
 from deeprelax_cuda import backends
-from deeprelax_cuda.clock import NUMBERS, Clock
+from deeprelax_cuda.clock import COUPLED, NUMBERS, Clock, Law
 from deeprelax_cuda.noise import Place
+from deeprelax_cuda.optim.captures import is_capturing
 from deeprelax_cuda.optim.options import check_number
 from deeprelax_cuda.optim.scoping import rule_of
 from deeprelax_cuda.steps import Plan, Scalars, Tensors
 
 Group = dict[str, Any]
-
-#: What is asked of the values that a user may set.
-INTERVALS = {"gamma": "(0, inf]", "lr": "[0, inf)"}
 
 #: By name, the values of a group that lie on the device, and the types they may have there, the usual one first.
 ON_DEVICE: dict[str, tuple[torch.dtype, ...]] = {
@@ -63,18 +61,12 @@ def set_number(holder: dict[str, Any], name: str, value: int) -> None:
         holder[name] = value
 
 
-def is_capturing(groups: Sequence[Group]) -> bool:
-    """Whether what is done now to the parameters goes into a CUDA graph."""
-    for group in groups:  # one parameter of each: this is asked at every step
-        if group["params"] and group["params"][0].is_cuda:
-            return torch.cuda.is_current_stream_capturing()
-    return False
-
-
 class Clocks:
     """The tensors behind the groups of one optimizer, at the same addresses as long as the parameters stay on their device."""
 
-    def __init__(self) -> None:
+    def __init__(self, gammas: str) -> None:
+        """``gammas``: the interval of gamma."""
+        self._intervals = {"gamma": gammas, "lr": "[0, inf)"}  # of the values that a user may set
         self._own: dict[tuple[int, str], Tensor] = {}
         self._scratch: dict[tuple[int, int, torch.device], Tensor] = {}
         self._idle: dict[tuple[int, str, torch.device], tuple[Tensor, Plan]] = {}
@@ -102,8 +94,8 @@ class Clocks:
                     f"{name}: group {index} has {value!r} since the last step, which would be set at every replay of the graph "
                     "that is being captured; take a step before the capture, or use fill_() on the tensor that was there"
                 )
-            if name in INTERVALS:
-                check_number(name, value, INTERVALS[name])
+            if name in self._intervals:
+                check_number(name, value, self._intervals[name])
         values = [groups[index][name] for index, name, _ in changed]
         for (index, name, device), value in zip(changed, values, strict=True):
             self._own[index, name] = groups[index][name] = self._adopted(index, name, value, device)
@@ -123,7 +115,16 @@ class Clocks:
         dtype = ON_DEVICE[name][0]
         return torch.full((), float(value) if dtype.is_floating_point else int(value), dtype=dtype, device=device)
 
-    def clock(self, groups: Sequence[Group], index: int, ordinal: int, period_steps: Tensor | None, *, counts: bool) -> Clock:
+    def clock(
+        self,
+        groups: Sequence[Group],
+        index: int,
+        law: Law,
+        *,
+        ordinal: int = 0,
+        period_steps: Tensor | None = None,
+        counts: bool = True,
+    ) -> Clock:
         """Return the clock of a group's call; ``ordinal`` tells its calls apart, with ``counts`` it is the last of them."""
         group = groups[index]
         own = {name: self._own[index, name] for name in ON_DEVICE}
@@ -131,7 +132,7 @@ class Clocks:
         scratch = self._scratch.get((index, ordinal, device))
         if scratch is None:
             scratch = self._scratch[index, ordinal, device] = torch.empty(NUMBERS, dtype=torch.uint8, device=device)
-        return Clock(**own, period_steps=period_steps, numbers=scratch, counts=counts, rule=rule_of(group))
+        return Clock(**own, period_steps=period_steps, numbers=scratch, counts=counts, rule=rule_of(group), law=law)
 
     def count_alone(self, groups: Sequence[Group], index: int, backend: str) -> None:
         """Count the step in a group none of whose parameters takes one."""
@@ -141,7 +142,7 @@ class Clocks:
             tensors = Tensors([nothing], [nothing], [nothing], numbers=[0], places=[Place(0, 1, 1)])
             self._idle[key] = nothing, backends.make_plan(backend, tensors)
         _, plan = self._idle[key]
-        plan.run([], Scalars(inner=False), clock=self.clock(groups, index, 0, None, counts=True))
+        plan.run([], Scalars(inner=False), clock=self.clock(groups, index, COUPLED))
 
 
 def device_of(group: Group, groups: Sequence[Group]) -> torch.device:
@@ -153,15 +154,15 @@ def device_of(group: Group, groups: Sequence[Group]) -> torch.device:
     return torch.device("cpu")
 
 
-def share_count(states: Sequence[dict[str, Any]], device: torch.device, taken: list[Tensor]) -> list[dict[str, Any]]:
+def share_count(states: Sequence[dict[str, Any]], device: torch.device, holders: Mapping[int, int]) -> list[dict[str, Any]]:
     """Return the states of a call's parameters with one tensor for all as their "period_steps", which are equal.
 
-    ``taken`` are the tensors of other calls, each of which counts for itself; it gains that of this one.
+    So a step counts once, however many parameters it has. ``holders`` says how many states hold each tensor, by its id: one
+    that others hold too would count for them.
     """
     first = states[0]["period_steps"]
     whole = isinstance(first, Tensor) and first.device == device and all(own["period_steps"] is first for own in states)
-    if not whole or any(first is t for t in taken):
+    if not whole or holders[id(first)] != len(states):
         first = torch.full((), int(first), dtype=torch.int64, device=device)
         states = [{**own, "period_steps": first} for own in states]
-    taken.append(first)
     return list(states)

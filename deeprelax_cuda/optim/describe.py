@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from deeprelax_cuda.optim.clocks import in_numbers
-from deeprelax_cuda.optim.constants import Momentum, half_life, momentum_gain, steps_until_below
+from deeprelax_cuda.optim.constants import Momentum, half_life, half_ulp, momentum_gain, steps_until_below
 from deeprelax_cuda.optim.scoping import gamma_of
 from deeprelax_cuda.steps import compute_type
 
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 WIDTH = 108
 #: How the formulas write the state of a parameter.
-SYMBOLS = {"anchor": "x", "average": "m", "momentum": "v", "outer_momentum": "w"}
+SYMBOLS = {"anchor": "x", "average": "m", "gradient_average": "p", "momentum": "v", "outer_momentum": "w"}
+#: What the letters stand for, where m is the average and where p is.
+LEGEND = "y live weights, x anchor (the answer), m average of y, L inner_steps, h a curvature"
+GRADIENT_LEGEND = "y live weights, x anchor (the answer), p average of the gradient, L inner_steps, h a curvature"
 #: Scoping that needs more outer steps than this to halve gamma does nothing in a training.
 SLOWEST_HALF_LIFE = 1e5
 
@@ -54,13 +57,15 @@ class Seen:
     """What was measured on the parameters of a group.
 
     ``gradients`` of them hold a gradient, of root mean square ``gradient_rms``: NaN where one is not finite. ``held`` gives the
-    root mean square of the live weights for each type to which they are rounded to nearest.
+    root mean square of the live weights for each type to which they are rounded to nearest, ``shown`` for each type in which
+    the model computes with them.
     """
 
     parameters: int
     gradients: int
     gradient_rms: float
     held: dict[torch.dtype, float]
+    shown: dict[torch.dtype, float]
 
 
 def number(value: float) -> str:
@@ -94,7 +99,7 @@ def outer_step(n: int, inner_steps: int) -> str:
 
 def describe(optimizer: RelaxationOptimizer) -> str:
     """Return the text of `RelaxationOptimizer.describe`."""
-    text = [f"{type(optimizer).__name__}: y live weights, x anchor (the answer), m average of y, L inner_steps, h a curvature"]
+    text = [f"{type(optimizer).__name__}: {optimizer._legend(optimizer.param_groups[0])}"]
     text += _write(_run(optimizer))
     everyone = list(range(len(optimizer.param_groups)))
     advice: dict[str, list[int]] = {}
@@ -109,6 +114,44 @@ def describe(optimizer: RelaxationOptimizer) -> str:
         where = "" if sorted(numbers) == everyone else f"{_which(sorted(numbers))}: "
         text += textwrap.wrap(where + sentence, WIDTH, initial_indent="  * ", subsequent_indent="    ", break_on_hyphens=False)
     return "\n".join(text)
+
+
+def drift_notes(seen: Seen, step: float, whole: float, words: str) -> Notes:
+    """Say how far a step goes along the gradients: ``step`` times their size, up to ``whole`` times it with momentum."""
+    notes = Notes()
+    if not seen.gradients:
+        notes.line("drift", "?", "no gradients are present: describe() after backward() compares them with the noise")
+    elif math.isnan(seen.gradient_rms):
+        notes.line("drift", "nan", "gradients hold inf or nan: they are compared with nothing")
+    else:
+        words += f" times the root mean square {number(seen.gradient_rms)} of the gradients"
+        words += "" if seen.gradients == seen.parameters else f" (of {seen.gradients} of {count(seen.parameters, 'parameter')})"
+        words += f"; with momentum up to {number(whole * seen.gradient_rms)}, where they agree" if whole != step else ""
+        notes.line("drift", number(step * seen.gradient_rms), words)
+    return notes
+
+
+def digits_notes(
+    sizes: dict[str, float], weights: dict[torch.dtype, float], remedies: dict[torch.dtype, str], other: str
+) -> Notes:
+    """Advise where weights have too few digits for what a step adds to them.
+
+    Args:
+        sizes: what it adds, by its name.
+        weights: the root mean square of the weights of each type.
+        remedies: what to do about it, by the type.
+        other: what to do in the other types.
+    """
+    notes = Notes()
+    for dtype, weight in weights.items():
+        least = half_ulp(weight, dtype) if weight > 0.0 else 0.0
+        lost = [f"{name} ({number(size)})" for name, size in sizes.items() if 0.0 < size < least]
+        notes.advise(
+            bool(lost),
+            f"Most of the {' and '.join(lost)} of a step is rounded away: half a unit in the last place of weights of size "
+            f"{number(weight)} in {_name(dtype)} is {number(least)}; {remedies.get(dtype, other)}.",
+        )
+    return notes
 
 
 def gamma_notes(group: dict[str, Any]) -> Notes:
@@ -146,21 +189,28 @@ def gamma_after(group: dict[str, Any], n: int) -> float:
     return float(group["gamma"]) if n <= group["outer_steps"] else gamma_of({**group, "outer_steps": n})
 
 
-def outer_notes(group: dict[str, Any], smallest_lr: float) -> Notes:
-    """Say how far an outer step goes."""
+def outer_notes(group: dict[str, Any], words: str, meaning: str, smallest_lr: float) -> Notes:
+    """Say how far an outer step goes: ``words`` say what lr is, ``meaning`` says it to who has set it below ``smallest_lr``."""
     notes = Notes()
     lr, mu = float(group["lr"]), float(group["momentum"])
     whole = lr * momentum_gain(Momentum(mu, nesterov=group["nesterov"]))
-    words = "lr, the part of the way from x to m that an outer step goes"
     notes.line("outer step", number(lr), words + (f"; with momentum {setting(mu)} effectively {number(whole)}" if mu else ""))
     if group["outer_weight_decay"]:
         pull = whole * group["outer_weight_decay"]
         notes.line("outer decay", number(pull), "the part of x that an outer step takes off, with momentum")
     notes.advise(
         lr < smallest_lr,
-        f"lr={setting(lr)} hardly moves the anchor, which is the answer: lr is the outer step, 0.1 to 1 (trainers pass "
-        "other optimizers' 5e-5; a warm-up passes 0). The step along the gradient is inner_lr.",
+        f"lr={setting(lr)} hardly moves the anchor, which is the answer: lr is {meaning} (trainers pass other optimizers' "
+        "5e-5; a warm-up passes 0).",
     )
+    return notes
+
+
+def overshoot_notes(group: dict[str, Any]) -> Notes:
+    """Say whether an outer step goes beyond the average."""
+    notes = Notes()
+    lr, mu = float(group["lr"]), float(group["momentum"])
+    whole = lr * momentum_gain(Momentum(mu, nesterov=group["nesterov"]))
     notes.advise(
         whole > 2.0 * (1.0 + 1e-9),
         f"lr={setting(lr)} with momentum={setting(mu)} goes {number(whole)} times the way from x to m and overshoots (lr=1 "
@@ -173,14 +223,17 @@ def _run(optimizer: RelaxationOptimizer) -> Notes:
     """Say where the run is, and who serves it."""
     notes, first = Notes(), in_numbers(optimizer.param_groups[0])
     position, length, done = first["position"], first["inner_steps"], first["outer_steps"]
-    words = f"inner steps of this period taken, {first['step']:,} in all; {count(done, 'outer step')} done"
-    notes.line("run", f"{position} of {length}", words)
-    if not first["train_mode"]:
-        notes.line("mode", "eval", "the parameters hold the anchor x; train() brings the live weights y back")
-    elif position:
-        notes.line("mode", "train", "the parameters hold the live weights y; eval() shows the anchor x")
+    if length is None:
+        notes.line("run", f"{first['step']:,}", "steps taken; the parameters hold y, in eval mode too")
     else:
-        notes.line("mode", "train", "the parameters hold y = x: a period begins")
+        words = f"inner steps of this period taken, {first['step']:,} in all; {count(done, 'outer step')} done"
+        notes.line("run", f"{position} of {length}", words)
+        if not first["train_mode"]:
+            notes.line("mode", "eval", "the parameters hold the anchor x; train() brings the live weights y back")
+        elif position or optimizer._law(first).gamma == "variance":
+            notes.line("mode", "train", "the parameters hold the live weights y; eval() shows the anchor x")
+        else:
+            notes.line("mode", "train", "the parameters hold y = x: a period begins")
     try:
         served = [line.partition(" for ") for line in optimizer.explain().splitlines()]
     except (RuntimeError, ValueError) as refusal:
@@ -193,14 +246,18 @@ def _run(optimizer: RelaxationOptimizer) -> Notes:
 def _cost(optimizer: RelaxationOptimizer, group: dict[str, Any], roles_of: dict[torch.dtype, list[str]]) -> Notes:
     """Say what an outer step and the state cost, by the options: the state need not exist yet."""
     notes = Notes()
-    notes.line("cost", f"{group['inner_steps']:,}", "gradient evaluations an outer step")
+    if group["inner_steps"] is None:
+        notes.line("cost", "1", "gradient evaluation a step")
+    else:
+        notes.line("cost", f"{group['inner_steps']:,}", "gradient evaluations an outer step")
     for dtype, roles in roles_of.items():
         size, live = compute_type(dtype).itemsize, dtype.itemsize
         tensors = [SYMBOLS.get(role, role) for role in roles if role != "period_steps"]
         each = ", ".join(f"{symbol} {size}" for symbol in tensors)
         stepped = (p for p in group["params"] if p.dtype == dtype and (p.requires_grad or optimizer.state.get(p)))
         total = size * len(tensors)
-        copy = f"eval() adds {live} for the copy of y"
+        copy = f"eval() adds {live} for the copy of y" if group["inner_steps"] else "eval() adds nothing"
+        each = each or "none"
         if not optimizer._is_training():
             total, each, copy = total + live, f"{each}, the copy of y {live}", "train() frees the copy"
         whole = total * sum(p.numel() for p in stepped)
@@ -224,16 +281,19 @@ def _alike(optimizer: RelaxationOptimizer) -> list[tuple[list[int], dict[str, An
 def _look(optimizer: RelaxationOptimizer, group: dict[str, Any], roles_of: dict[torch.dtype, list[str]]) -> Seen:
     grads = [p.grad for p in group["params"] if p.grad is not None]
     weights: dict[torch.dtype, list[Tensor]] = {}
+    shown: dict[torch.dtype, list[Tensor]] = {}
     for p in group["params"]:
         has_master = "master" in roles_of[p.dtype]
         if p.is_floating_point() and (has_master or p.dtype != torch.bfloat16 or group["rounding"] == "nearest"):
             state = optimizer.state.get(p, {})
             y = state.get("master", state.get("live", p))
             weights.setdefault(torch.float32 if has_master else p.dtype, []).append(y)
-    return Seen(len(group["params"]), len(grads), _rms(grads), {dtype: _rms(ys) for dtype, ys in weights.items()})
+        shown.setdefault(p.dtype, []).append(p)
+    held, seen = ({dtype: rms(ys) for dtype, ys in by_type.items()} for by_type in (weights, shown))
+    return Seen(len(group["params"]), len(grads), rms(grads), held, seen)
 
 
-def _rms(tensors: Sequence[Tensor]) -> float:
+def rms(tensors: Sequence[Tensor]) -> float:
     """Return the root mean square of all elements together; 0 where there are none."""
     readable = [t for t in tensors if t.layout == torch.strided and t.is_floating_point() and not t.is_meta and t.numel()]
     wide = [torch.float32 if t.device.type == "mps" else torch.float64 for t in readable]  # the former has no float64

@@ -11,7 +11,6 @@ from deeprelax_cuda.optim.constants import (
     Momentum,
     averaging_window,
     effective_temperature,
-    half_ulp,
     momentum_gain,
     noise_std,
     relaxation_time,
@@ -20,12 +19,28 @@ from deeprelax_cuda.optim.constants import (
     temperature_of_noise,
     weight_of_anchor,
 )
-from deeprelax_cuda.optim.describe import Notes, Seen, count, gamma_after, number, outer_step, setting, suggestion
+from deeprelax_cuda.optim.describe import (
+    Notes,
+    Seen,
+    count,
+    digits_notes,
+    drift_notes,
+    gamma_after,
+    number,
+    outer_step,
+    setting,
+    suggestion,
+)
 
 #: Noise that is a smaller part of the drift might as well be absent; the advice names the T that makes it the other part.
 FAINT_NOISE, USEFUL_NOISE = 1e-3, 0.1
 #: Curvatures, times inner_lr, at which the effective temperature is given.
 CURVATURES = (0.01, 0.1, 1.0)
+#: What keeps small additions to weights of a narrow type.
+KEEPS_DIGITS = {
+    torch.bfloat16: 'rounding="stochastic" or master_weights=True keeps it',
+    torch.float16: "master_weights=True keeps it",
+}
 
 
 def inner_momentum(group: dict[str, Any]) -> Momentum:
@@ -42,6 +57,14 @@ def coupling_diverges(group: dict[str, Any]) -> bool:
     """Whether the coupling alone makes the inner steps diverge: inner_lr/gamma is at its stability limit or above."""
     limit = stability_limit(inner_momentum(group), coupling=True)
     return float(group["inner_lr"]) >= limit * float(group["gamma"])
+
+
+def diverging(group: dict[str, Any], index: int) -> str:
+    """Return the warning that it does."""
+    return (
+        f"gamma={group['gamma']:.3g} in group {index}: so stiff a coupling makes the inner steps diverge from now on; "
+        "set gamma_min, describe() says to what"
+    )
 
 
 def langevin_notes(group: dict[str, Any], seen: Seen) -> Notes:
@@ -89,15 +112,8 @@ def _noise(group: dict[str, Any], momentum: Momentum, seen: Seen) -> Notes:
     notes = Notes()
     inner_lr, temperature = float(group["inner_lr"]), float(group["temperature"])
     std, drift = _sizes(group, momentum, seen)
-    if not seen.gradients:
-        notes.line("drift", "?", "no gradients are present: describe() after backward() compares them with the noise")
-    elif math.isnan(drift):
-        notes.line("drift", "nan", "gradients hold inf or nan: they are compared with nothing")
-    else:
-        words = f"a step, inner_lr times the root mean square {number(seen.gradient_rms)} of the gradients"
-        words += "" if seen.gradients == seen.parameters else f" (of {seen.gradients} of {count(seen.parameters, 'parameter')})"
-        words += f"; with momentum up to {number(drift)}, where they agree" if momentum.mu else ""
-        notes.line("drift", number(inner_lr * seen.gradient_rms), words)
+    gain = momentum_gain(momentum) if momentum.mu else 1.0
+    notes += drift_notes(seen, inner_lr, inner_lr * gain, "a step, inner_lr")
     if std == 0.0:
         notes.line("noise", "0", "none: temperature=0" if not temperature else "none: inner_lr=0")
         return notes
@@ -118,22 +134,9 @@ def _noise(group: dict[str, Any], momentum: Momentum, seen: Seen) -> Notes:
 
 
 def _digits(group: dict[str, Any], momentum: Momentum, seen: Seen) -> Notes:
-    """Advise where y has too few digits for what a step adds to it."""
-    notes = Notes()
     std, drift = _sizes(group, momentum, seen)
-    for dtype, weight in seen.held.items():
-        least = half_ulp(weight, dtype) if weight > 0.0 else 0.0
-        lost = [f"{name} ({number(size)})" for name, size in (("noise", std), ("drift", drift)) if 0.0 < size < least]
-        remedy = {
-            torch.bfloat16: 'rounding="stochastic" or master_weights=True keeps it',
-            torch.float16: "master_weights=True keeps it",
-        }.get(dtype, "it wants a larger temperature or inner_lr")
-        notes.advise(
-            bool(lost),
-            f"Most of the {' and '.join(lost)} of a step is rounded away: half a unit in the last place of weights of size "
-            f"{number(weight)} in {str(dtype).removeprefix('torch.')} is {number(least)}; {remedy}.",
-        )
-    return notes
+    other = "it wants a larger temperature or inner_lr"
+    return digits_notes({"noise": std, "drift": drift}, seen.held, KEEPS_DIGITS, other)
 
 
 def _temperature(group: dict[str, Any], momentum: Momentum) -> Notes:

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from deeprelax_cuda.optim.base import RelaxationOptimizer
-from deeprelax_cuda.optim.describe import Notes, Seen
-from deeprelax_cuda.optim.describe_langevin import coupling_diverges, langevin_notes
-from deeprelax_cuda.optim.options import check_choice, check_count, check_number, warn_user
-from deeprelax_cuda.steps import Rounding, round_scalar
+from deeprelax_cuda.optim.describe import Notes, Seen, overshoot_notes
+from deeprelax_cuda.optim.describe_langevin import coupling_diverges, diverging, langevin_notes
+from deeprelax_cuda.optim.langevin import check_langevin, langevin_roles, langevin_scalars
+from deeprelax_cuda.optim.options import arguments, check_count, check_number
+from deeprelax_cuda.steps import Rounding
 
 
 class EntropySGD(RelaxationOptimizer):
@@ -80,6 +81,7 @@ class EntropySGD(RelaxationOptimizer):
     Source: arXiv 1611.01838 (algorithm 1), arXiv 1704.04932 (the viscous equation and its averaging).
     """
 
+    METHOD: ClassVar[str] = "EntropySGD"
     SHARED: ClassVar[tuple[str, ...]] = (*RelaxationOptimizer.SHARED, "coupling_in_momentum", "reset_inner_momentum")
 
     def __init__(
@@ -114,36 +116,7 @@ class EntropySGD(RelaxationOptimizer):
         fused: bool | None = None,
         differentiable: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "inner_lr": inner_lr,
-            "inner_steps": inner_steps,
-            "gamma": gamma,
-            "scoping": scoping,
-            "gamma_min": gamma_min,
-            "gamma_total": gamma_total,
-            "temperature": temperature,
-            "averaging": averaging,
-            "momentum": momentum,
-            "inner_momentum": inner_momentum,
-            "nesterov": nesterov,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "outer_weight_decay": outer_weight_decay,
-            "coupling_in_momentum": coupling_in_momentum,
-            "reset_inner_momentum": reset_inner_momentum,
-            "maximize": maximize,
-            "seed": seed,
-            "backend": backend,
-            "rounding": rounding,
-            "master_weights": master_weights,
-            "closure_mode": closure_mode,
-            "capturable": capturable,
-            "foreach": foreach,
-            "fused": fused,
-            "differentiable": differentiable,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, arguments(locals()))
 
     @classmethod
     def from_published_code(
@@ -257,59 +230,21 @@ class EntropySGD(RelaxationOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        check_number("inner_lr", group["inner_lr"], "[0, inf)")
-        check_number("temperature", group["temperature"], "[0, inf)")
-        check_number("inner_momentum", group["inner_momentum"], "[0, 1)")
-        check_number("dampening", group["dampening"], "[0, 1]")
-        if isinstance(group["averaging"], str):
-            check_choice("averaging", group["averaging"], ("linear", "last"))
-        else:
-            check_number("averaging", group["averaging"], "[0, 1)")
+        check_langevin(group)
 
     def _roles(self, group: dict[str, Any], dtype: torch.dtype) -> list[str]:
-        roles = super()._roles(group, dtype)
-        if group["inner_momentum"] != 0.0:
-            roles.append("momentum")
-        if group["averaging"] == "linear":
-            roles.append("period_steps")
-        return roles
+        return super()._roles(group, dtype) + langevin_roles(group)
+
+    def _inner_scalars(self, group: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+        return langevin_scalars(group, dtype)
 
     def _notes(self, group: dict[str, Any], seen: Seen) -> Notes:
-        return langevin_notes(group, seen) + super()._notes(group, seen)
-
-    def _inner_scalars(self, group: dict[str, Any], dtype: torch.dtype, count: int) -> dict[str, Any]:
-        inner_lr, gamma, averaging = float(group["inner_lr"]), float(group["gamma"]), group["averaging"]
-        if not gamma > 0.0:
-            raise ValueError(f"gamma: expected a number above 0, got {gamma}; gamma_min keeps scoping above 0")
-        variance = 2.0 * inner_lr * float(group["temperature"])
-        if variance < 0.0:
-            raise ValueError(f"temperature: expected 0 or more with inner_lr={inner_lr}, got {group['temperature']}")
-        if isinstance(averaging, str):
-            check_choice("averaging", averaging, ("linear", "last"))
-            a = 1.0 / count if averaging == "linear" else 1.0
-        else:
-            a = 1.0 - float(averaging)
-        mu = round_scalar("inner_momentum", group["inner_momentum"], dtype)
-        return {
-            "family": "langevin",
-            "eta": round_scalar("inner_lr", inner_lr, dtype),
-            "k": round_scalar("1/gamma", 1.0 / gamma, dtype),
-            "s": round_scalar("noise std", math.sqrt(variance), dtype),
-            "a": round_scalar("1 - averaging", a, dtype),
-            "mu": mu,
-            "damp1": round_scalar("1 - dampening", 1.0 - group["dampening"], dtype),
-            "nesterov": bool(group["nesterov"]) and mu != 0.0,
-            "coupling_in_momentum": bool(group["coupling_in_momentum"]),
-        }
+        return langevin_notes(group, seen) + super()._notes(group, seen) + overshoot_notes(group)
 
     def _moved_anchor(self) -> None:
         for i, group in enumerate(self.param_groups):
-            if coupling_diverges(group) and not self._warned_diverging:
-                self._warned_diverging = True
-                warn_user(
-                    f"gamma={group['gamma']:.3g} in group {i}: so stiff a coupling makes the inner steps diverge from now on; "
-                    "set gamma_min, describe() says to what"
-                )
+            if coupling_diverges(group):
+                self._warn_once("diverging", diverging(group, i))
 
     def _start_period_on_device(self) -> None:
         if self.param_groups[0]["reset_inner_momentum"]:

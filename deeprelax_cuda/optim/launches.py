@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,18 +12,20 @@ from torch import Tensor
 
 from deeprelax_cuda import backends
 from deeprelax_cuda.checks import check_disjoint, check_grads, check_tensors
+from deeprelax_cuda.clock import follows
 from deeprelax_cuda.noise import Place
 from deeprelax_cuda.optim.buckets import Bucket, split
 from deeprelax_cuda.optim.clocks import share_count
 from deeprelax_cuda.optim.options import select_backend
 from deeprelax_cuda.optim.weights import complete_state
-from deeprelax_cuda.steps import ROLES, Plan, Tensors
+from deeprelax_cuda.steps import ROLES, Family, Plan, Tensors
 from deeprelax_cuda.watch import Watch, make_watch
 
 #: What the tensors in the state of a parameter are called among `Tensors`.
 FIELDS = {
     "anchor": "anchors",
     "average": "averages",
+    "gradient_average": "averages",
     "momentum": "momenta",
     "master": "masters",
     "outer_momentum": "outer_momenta",
@@ -33,9 +36,14 @@ State = dict[str, Any]
 
 
 class Needs(NamedTuple):
-    """What decides, beside the tensors, whether a plan serves a group's parameters of one type."""
+    """What decides, beside the tensors, whether a plan serves a group's parameters of one type.
 
+    ``first_count`` is what "period_steps" begins with.
+    """
+
+    family: Family
     roles: list[str]
+    first_count: int
     options: list[Any]
 
 
@@ -50,14 +58,14 @@ class Call:
     states: list[State]
 
     @property
-    def period_steps(self) -> int | Tensor | None:
-        """The steps in the plain mean of this period, a tensor with ``capturable``; None where nobody counts them."""
-        return self.states[0].get("period_steps")
+    def period_steps(self) -> Tensor | None:
+        """The samples in the average of this period, a tensor for all parameters; None where nobody counts them."""
+        return self.states[0]["period_steps"] if "period_steps" in self.needs.roles else None
 
     @property
-    def count(self) -> int:
-        """The number of the coming step in the average of its period, 1 where nobody counts."""
-        return 1 + int(self.period_steps or 0)
+    def count(self) -> int | None:
+        """The samples in the average of this period after the coming step; None where nobody counts them."""
+        return None if self.period_steps is None else int(self.period_steps) + self.bucket.inner
 
 
 class Launch(NamedTuple):
@@ -90,7 +98,8 @@ class Launches:
     ) -> list[Launch]:
         """Return the launches of a step; nothing has been changed then, and `commit` says that the step is taken.
 
-        Without a gradient a parameter takes no inner step; the outer step is for all that have state.
+        Without a gradient a parameter takes no inner step; the outer step is for all that have state, and in the gradient
+        average for those that a gradient of this period counts for.
 
         Args:
             groups: the param groups of the optimizer.
@@ -133,8 +142,6 @@ class Launches:
         for call in self._calls:
             if needs(groups[call.bucket.group], call.bucket.dtype) != call.needs:
                 return None
-            if "period_steps" in call.needs.roles and len({own["period_steps"] for own in call.states}) > 1:
-                return None
         if not look.fit:
             return _checked(self._calls, look.grads)
         if len(self._calls) == 1 and len(look.grads) == len(self._calls[0].bucket.numbers):
@@ -161,7 +168,7 @@ def _make_calls(
     grads: list[Tensor | None] = []
     no_state: State = {}
     names = labels()
-    taken: list[Tensor] = []  # the counts of the calls, with capturable
+    holders = Counter(id(state.get(p, no_state).get("period_steps")) for p in _params(groups))
     for number, group in enumerate(groups):
         params = group["params"]
         if group["capturable"] and len(devices := dict.fromkeys(p.device for p in params)) > 1:
@@ -170,16 +177,23 @@ def _make_calls(
         states = [state.get(p, no_state) for p in params]
         grads_here = [p.grad for p in params]
         inner = [g is not None for g in grads_here]
-        plays = [a or bool(own) for a, own in zip(inner, states, strict=True)] if outer else inner
-        counts = [int(own.get("period_steps", 0)) for own in states]
+        every = needs(group, params[0].dtype if params else torch.float32)  # what holds for all types
+        counts = [int(own.get("period_steps", every.first_count)) for own in states]
+        plays = inner
+        if outer:  # with capturable only the device knows whether it is one, and for whom
+            moves = [group["capturable"] or follows(every.family, count) for count in counts]
+            plays = [a or (bool(own) and b) for a, own, b in zip(inner, states, moves, strict=True)]
         for bucket in split(number, len(grads), params, inner, plays, counts):
             own = [states[i - len(grads)] for i in bucket.numbers]
-            calls.append(_make_call(bucket, group, needs(group, bucket.dtype), own, [names[i] for i in bucket.numbers], taken))
+            own_names = [names[i] for i in bucket.numbers]
+            calls.append(_make_call(bucket, group, needs(group, bucket.dtype), own, own_names, holders))
         grads += grads_here
     return calls, grads
 
 
-def _make_call(bucket: Bucket, group: Group, needs: Needs, states: list[State], labels: list[str], taken: list[Tensor]) -> Call:
+def _make_call(
+    bucket: Bucket, group: Group, needs: Needs, states: list[State], labels: list[str], holders: Mapping[int, int]
+) -> Call:
     """Check the tensors of a call, their state completed, and make a plan for it."""
     for p, label in zip(bucket.params, labels, strict=True):  # said before state is made, which would hide it
         name = f"params[{label}] (shape {tuple(p.shape)}, {p.dtype})"
@@ -187,9 +201,9 @@ def _make_call(bucket: Bucket, group: Group, needs: Needs, states: list[State], 
             raise TypeError(f"{name}: expected a real floating dtype")
         if p.is_meta:
             raise ValueError(f"{name}: expected a tensor with memory, got one on meta")
-    states = [complete_state(own, p, needs.roles) for own, p in zip(states, bucket.params, strict=True)]
-    if group["capturable"] and "period_steps" in needs.roles:
-        states = share_count(states, bucket.params[0].device, taken)
+    states = [complete_state(own, p, needs.roles, needs.first_count) for own, p in zip(states, bucket.params, strict=True)]
+    if "period_steps" in needs.roles:
+        states = share_count(states, bucket.params[0].device if group["capturable"] else torch.device("cpu"), holders)
     lists: dict[str, Any] = {FIELDS[role]: [own[role] for own in states] for role in needs.roles if role in FIELDS}
     tensors = Tensors(
         params=bucket.params,

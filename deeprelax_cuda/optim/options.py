@@ -6,13 +6,30 @@ import math
 import operator
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 
 from deeprelax_cuda import backends
 from deeprelax_cuda.noise import check_seed
+
+#: Options that not every method has, at the values that they then have in its groups: they do nothing.
+ABSENT: dict[str, Any] = {
+    "inner_steps": None,
+    "scoping": 0.0,
+    "gamma_min": 0.0,
+    "gamma_total": None,
+    "momentum": 0.0,
+    "nesterov": False,
+    "outer_weight_decay": 0.0,
+    "closure_mode": "once",
+}
+
+
+def arguments(scope: dict[str, Any]) -> dict[str, Any]:
+    """Return the options among the ``locals()`` of a constructor, which it must not have added to."""
+    return {name: value for name, value in scope.items() if name not in ("self", "params", "__class__")}
 
 
 def check_number(name: str, value: Any, interval: str) -> float:
@@ -53,11 +70,22 @@ def warn_user(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
-def check_loop_options(group: dict[str, Any]) -> None:
-    """Refuse an option that every method has, in a group that is complete with defaults."""
+def check_loop_options(group: dict[str, Any], method: str, without: Collection[str], gammas: str) -> None:
+    """Refuse an option of the loop that all methods share, in a group that is complete with defaults.
+
+    Args:
+        group: the group.
+        method: its method.
+        without: those of `ABSENT` that the method has not.
+        gammas: the interval of its gamma.
+    """
+    for name in without:
+        if group[name] != ABSENT[name]:
+            raise ValueError(f"{name}: {method} has no such option, got {group[name]!r}")
     check_number("lr", group["lr"], "[0, inf)")
-    check_count("inner_steps", group["inner_steps"])
-    check_number("gamma", group["gamma"], "(0, inf]")
+    check_number("gamma", group["gamma"], gammas)
+    if "inner_steps" not in without:
+        check_count("inner_steps", group["inner_steps"])
     check_gamma_rule(group)
     check_number("momentum", group["momentum"], "[0, 1)")
     check_number("weight_decay", group["weight_decay"], "[0, inf)")

@@ -11,7 +11,7 @@ def rule_of(group: dict[str, Any]) -> Rule:
     """Return the rule of a group: ``gamma_total`` (then ``scoping`` is ignored), else ``scoping`` where it is not 0."""
     total = group["gamma_total"]
     return Rule(
-        inner_steps=int(group["inner_steps"]),
+        inner_steps=int(group["inner_steps"] or 0),
         initial_gamma=float(group["initial_gamma"]),
         scoping=float(group["scoping"]),
         gamma_min=float(group["gamma_min"]),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,11 +26,17 @@ class TwoWeights(Optimizer):
 
     State of a parameter, tensors laid out like it and of its compute type (float32, or float64 for float64):
 
-    * "anchor" ``x``, "average" ``m``, "momentum" ``v``, "outer_momentum" ``w``, and "master", the float32 ``y`` of a narrow
-      parameter; each only where the options ask for it,
+    * "anchor" ``x``, "average" ``m`` or "gradient_average" ``p``, "momentum" ``v``, "outer_momentum" ``w``, and "master", the
+      float32 ``y`` of a narrow parameter; each only where the method and its options ask for it,
     * "live": in eval mode, the exact copy of ``y`` in the parameter's own type,
-    * "period_steps": an int, where a plain mean needs to know its length; with capturable a tensor that parameters share.
+    * "period_steps": the samples in the average of this period, where somebody has to count them: a tensor of int64 that the
+      parameters of a launch share, and a plain number in a `state_dict`.
     """
+
+    #: The method by its name, which its states carry.
+    METHOD: ClassVar[str]
+    #: What "period_steps" begins with at an anchor; below 0 where that many steps from there do not count.
+    FIRST_COUNT: ClassVar[int] = 0
 
     # The states of the parameters are replaced, not changed, where they gain or lose a tensor: a `state_dict` shares them.
 
@@ -67,7 +73,7 @@ class TwoWeights(Optimizer):
             if "master" in state:
                 state["master"].copy_(state["anchor"])
             self._restart_average(state)
-        self._start_period()
+        self._begin_anew()
 
     def sync_lookahead(self) -> None:
         """Do `consolidate_` under the name that timm calls."""
@@ -85,7 +91,7 @@ class TwoWeights(Optimizer):
                 if role in state:
                     state[role].copy_(p)
             self._restart_average(state)
-        self._start_period()
+        self._begin_anew()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned, keeping the type of every tensor; the tensors are copied, never shared.
@@ -126,9 +132,11 @@ class TwoWeights(Optimizer):
             found = ", ".join(map(str, versions))
             raise ValueError(f"state_dict: expected the state of contract version {CONTRACT_VERSION}, got {found}")
         first = incoming["param_groups"][0]
-        if first.get("step", 0) > 0 and not any(incoming["state"].values()):
+        if (method := first.get("method")) != self.METHOD:
+            raise ValueError(f"state_dict: expected the state of {self.METHOD}, got that of {method}")
+        needed = self._needed(first.get("train_mode", True))
+        if needed and first.get("step", 0) > 0 and not any(incoming["state"].values()):
             raise ValueError(f"state_dict: expected the state of its parameters after {first['step']} steps, got none")
-        needed = ["anchor"] if first.get("train_mode", True) else ["anchor", "live"]
         for label, (p, values) in zip(self._labels(), self._incoming_state(incoming), strict=False):
             for role in needed if values else ():
                 if role not in values:
@@ -140,6 +148,10 @@ class TwoWeights(Optimizer):
                 if isinstance(value, Tensor) and value.shape != p.shape:
                     shapes = f"expected the shape of its parameter, {tuple(p.shape)}, got {tuple(value.shape)}"
                     raise ValueError(f"state_dict, {key}[{label}]: {shapes}")
+
+    def _needed(self, training: bool) -> list[str]:
+        """Return the roles without which the state of a parameter is none."""
+        return ["anchor"] if training else ["anchor", "live"]
 
     def _incoming_state(self, incoming: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         for ours, theirs in zip(self.param_groups, incoming["param_groups"], strict=False):  # torch refuses other lengths
@@ -179,25 +191,31 @@ class TwoWeights(Optimizer):
         for group in self.param_groups:
             group["train_mode"] = training
 
+    def _begin_anew(self) -> None:
+        """Begin a period, and all that is counted in it, at the anchors."""
+        for count in {id(c): c for _, own in self._stepped() if isinstance(c := own.get("period_steps"), Tensor)}.values():
+            count.fill_(self.FIRST_COUNT)
+        for _, own in self._stepped():
+            if isinstance(own.get("period_steps"), int):  # as it was loaded
+                own["period_steps"] = self.FIRST_COUNT
+        self._start_period()
+
     def _start_period(self) -> None:
         for group in self.param_groups:
             set_number(group, "position", 0)
-        for _, state in self._stepped():
-            if "period_steps" in state:
-                set_number(state, "period_steps", 0)
 
     def _restart_average(self, state: dict[str, Any]) -> None:
-        """Begin a period's average: at the anchor, where the period begins."""
+        """Begin a period's average: that of y at the anchor, where the period begins."""
         if "average" in state:
             state["average"].copy_(state["anchor"])
 
 
-def complete_state(state: dict[str, Any], p: Tensor, roles: list[str]) -> dict[str, Any]:
+def complete_state(state: dict[str, Any], p: Tensor, roles: list[str], first_count: int) -> dict[str, Any]:
     """Return the state of a parameter with all ``roles``, laid out like it: ``state`` itself where it is that already.
 
-    What is missing begins: ``x = m = y``, momentum buffers of zeros. What lies otherwise in memory, since the parameter has
-    been laid out anew, say by ``model.to(memory_format=...)``, is copied. A master that is not asked for goes, because it would
-    not follow ``y``.
+    What is missing begins: ``x = m = y``, ``p`` and momentum buffers of zeros, "period_steps" at ``first_count``. What lies
+    otherwise in memory, since the parameter has been laid out anew, say by ``model.to(memory_format=...)``, is copied. A master
+    that is not asked for goes, because it would not follow ``y``.
     """
     whole = {role: _laid_out_like(p, value) for role, value in state.items() if role != "master" or role in roles}
     for role in roles:
@@ -208,9 +226,9 @@ def complete_state(state: dict[str, Any], p: Tensor, roles: list[str]) -> dict[s
         elif role == "average":
             whole[role] = whole["anchor"].clone()
         elif role == "period_steps":
-            whole[role] = 0
+            whole[role] = first_count
         else:
-            whole[role] = torch.zeros_like(whole["anchor"])
+            whole[role] = torch.zeros_like(p, dtype=compute_type(p.dtype), requires_grad=False)
     unchanged = whole.keys() == state.keys() and all(whole[role] is state[role] for role in whole)
     return state if unchanged else whole
 
