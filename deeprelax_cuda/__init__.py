@@ -4,8 +4,18 @@ from deeprelax_cuda import backends, functional
 from deeprelax_cuda.batch_norm import recalibrate_batch_norm
 from deeprelax_cuda.functional import OuterStep
 from deeprelax_cuda.noise import derive_seed
-from deeprelax_cuda.optim import EntropySGD
+from deeprelax_cuda.optim import SGLD, EntropySGD, HamiltonJacobi, HeatSGD
 
-__all__ = ["EntropySGD", "OuterStep", "backends", "derive_seed", "functional", "recalibrate_batch_norm"]
+__all__ = [
+    "SGLD",
+    "EntropySGD",
+    "HamiltonJacobi",
+    "HeatSGD",
+    "OuterStep",
+    "backends",
+    "derive_seed",
+    "functional",
+    "recalibrate_batch_norm",
+]
 
 __version__ = "0.1.0"

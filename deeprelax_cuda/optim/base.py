@@ -240,7 +240,7 @@ class RelaxationOptimizer(TwoWeights):
         first = self.param_groups[0]
         return bool(first["step"] > 0 and first["position"] == 0)
 
-    def stats(self) -> dict[str, int]:
+    def stats(self) -> dict[str, float]:
         """Return the inner steps taken, of them in the present period, and the outer steps taken."""
         first = self.param_groups[0]
         return {

@@ -86,7 +86,7 @@ class TwoWeights(Optimizer):
         A new period starts; momentum buffers are treated as at the end of a period. In eval mode too, what the parameters hold
         are the new live weights.
         """
-        for p, state in self._stepped("anchor"):
+        for p, state in self._stepped(*self._needed(training=True)):
             for role in ("anchor", "live", "master"):
                 if role in state:
                     state[role].copy_(p)

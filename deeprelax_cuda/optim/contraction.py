@@ -1,0 +1,123 @@
+"""Whether the fixed point of Hamilton-Jacobi contracts: measured on its steps, concluded once a period, said in words.
+
+With p' = p + a*(d(p) - p) and d(p) = grad f(x - gamma*p), a curvature h of the loss multiplies the distance to the fixed point,
+and with it the residual d - p, by 1 - a*(1 + gamma*h) a step. So the ratio of successive |d - p| tends to the largest modulus
+of these numbers, and the iteration contracts where it is below 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deeprelax_cuda.optim.describe import count, number, suggestion
+from deeprelax_cuda.optim.launches import Launch
+from deeprelax_cuda.steps import compute_type
+
+#: Inner steps of the shortest period that has two residuals: the first step has none.
+SHORTEST = 3
+#: Periods whose ratios are looked at together.
+WINDOW = 32
+#: How far the logarithm of one ratio is taken to scatter by the noise of the gradients, before it is known; and how many
+#: standard errors the mean of several must lie above 0.
+SCATTER, SURE = 0.1, 4.0
+#: What the gamma that would contract is taken below the largest one.
+MARGIN = 0.9
+#: How much gamma may change among periods that are looked at together, as scoping changes it.
+NEAR = 0.05
+
+
+class _Residual(NamedTuple):
+    """d - p of the parameters of these numbers; the gammas are those of the groups."""
+
+    numbers: list[int]
+    parts: list[Tensor]
+    gammas: list[float]
+
+    def dot(self, other: _Residual) -> float:
+        pairs = zip(self.parts, other.parts, strict=True)
+        return sum(float(torch.dot(a.flatten(), b.flatten())) for a, b in pairs)
+
+
+class Contraction:
+    """The ratios of the last periods."""
+
+    def __init__(self) -> None:
+        self.last = math.nan
+        self._earlier: _Residual | None = None
+        self._later: _Residual | None = None
+        self._logs: deque[float] = deque(maxlen=WINDOW)
+        self._gamma = math.nan  # of the first of them
+
+    @torch.no_grad()
+    def measure(self, launches: Sequence[Launch], groups: Sequence[dict[str, Any]]) -> None:
+        """Take the residual of a step that is about to be taken; the numbers stay on their device."""
+        numbers: list[int] = []
+        parts: list[Tensor] = []
+        for call, grads, _ in launches:
+            if not call.bucket.inner or (call.count or 0) < 2:  # before the first gradient of a period p is none of its own
+                continue
+            group, compute = groups[call.bucket.group], compute_type(call.bucket.dtype)
+            for p, g, own in zip(call.bucket.params, grads, call.states, strict=True):
+                d = g.to(compute, copy=True)
+                if group["maximize"]:
+                    d.neg_()
+                if group["weight_decay"]:
+                    d += group["weight_decay"] * own.get("master", p)
+                parts.append(d.sub_(own["gradient_average"]))
+            numbers += call.bucket.numbers
+        self._earlier, self._later = self._later, _Residual(numbers, parts, [float(group["gamma"]) for group in groups])
+
+    def conclude(self, a: float) -> str | None:
+        """Read the ratio of the period that has ended; return what is to be said if the iteration does not contract.
+
+        ``a`` is the weight of the new gradient in the step between the two residuals.
+        """
+        earlier, later, self._earlier, self._later, self.last = self._earlier, self._later, None, None, math.nan
+        if earlier is None or later is None or earlier.numbers != later.numbers:
+            return None
+        before, after, both = earlier.dot(earlier), later.dot(later), earlier.dot(later)
+        if not (before > 0.0 and after > 0.0 and math.isfinite(before + after)):
+            return None
+        self.last, gamma = math.sqrt(after / before), later.gammas[0]
+        if not abs(gamma / self._gamma - 1.0) < NEAR:  # also at the first
+            self._logs.clear()
+            self._gamma = gamma
+        self._logs.append(math.log(self.last))
+        if not self.grows():
+            return None
+        # Residuals that turn round grow by a*(1 + gamma*h) - 1, which a curvature h > 0 does; others by 1 - a*(1 + gamma*h).
+        ratio = self.mean()
+        part = MARGIN * ((2.0 - a) / (1.0 + ratio - a) if both < 0.0 else a / (ratio - 1.0 + a))
+        remedy = f"gamma={suggestion(part * gamma)}" if len(set(later.gammas)) == 1 else f"{number(part)} times every gamma"
+        return (
+            f"check_contraction: the fixed point does not contract at gamma={number(gamma)}: |d - p| grows {number(ratio)} "
+            f"times an inner step, by the last {count(len(self._logs), 'period')}. It would contract at {remedy}, noise of the "
+            'gradients aside; inner="prox" needs no such gamma'
+        )
+
+    def mean(self) -> float:
+        """Return the geometric mean of the ratios."""
+        return math.exp(sum(self._logs) / len(self._logs)) if self._logs else math.nan
+
+    def grows(self) -> bool:
+        """Whether the residuals grow, by more than chance would have it."""
+        if not (n := len(self._logs)):
+            return False
+        mean = sum(self._logs) / n
+        scatter = math.sqrt((SCATTER**2 + sum((log - mean) ** 2 for log in self._logs)) / n)
+        return mean > SURE * scatter / math.sqrt(n)
+
+    def words(self) -> tuple[str, str]:
+        """Return a number and words for `describe`."""
+        if not self._logs:
+            return "?", "the ratio of successive |d - p|: no period has been measured yet"
+        verdict = "it does not contract" if self.grows() else "it contracts" if self.mean() < 1.0 else "as good as none"
+        mean = f"{number(self.mean())} by the last {count(len(self._logs), 'period')}"
+        words = f"the ratio of |d - p| in the last two steps of a period, {mean}"
+        return number(self.last), f"{words}: {verdict}"
