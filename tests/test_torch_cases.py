@@ -424,7 +424,9 @@ def test_weights_with_gaps_in_memory_are_refused(case: Case) -> None:
 @over_methods
 def test_param_group_with_lrscheduler_goes_in_the_right_direction(info: OptimizerInfo, makers: list[Any]) -> None:
     problem = Problem()
-    optimizer = plain(info)([{"params": [problem.weight]}, {"params": [problem.bias], "lr": 0.05}], **plain(info).known(inner_steps=3))
+    optimizer = plain(info)(
+        [{"params": [problem.weight]}, {"params": [problem.bias], "lr": 0.05}], **plain(info).known(inner_steps=3)
+    )
     schedulers = [maker(optimizer) for maker in makers]
     before = problem.loss().item()
     for _ in range(20):
@@ -620,7 +622,7 @@ def test_param_groups_weight_decay(case: Case) -> None:
     decayed, bare = (problem.twin() for _ in range(2))
     groups = [{"params": [decayed.weight], "weight_decay": 0.5}, {"params": [decayed.bias]}]
     with_decay, without = case(groups), case([{"params": [bare.weight]}, {"params": [bare.bias]}])
-    for _ in range(4):  # the same gradients for both
+    for _ in range(5):  # the same gradients for both, over a whole period of those whose weights follow only its end
         for p, q in zip(decayed.params, bare.params, strict=True):
             p.grad = torch.randn_like(p)
             q.grad = p.grad.clone()
@@ -660,7 +662,6 @@ def test_param_groups_lr(case: Case) -> None:
         assert torch.equal(wandering, start[1]) == (case.options.get("temperature") == 0.0)
     else:
         assert not torch.equal(wandering, start[1]) or optimizer.at_outer_boundary
-    assert torch.equal(wandering, start[1]) == at_the_anchor
 
 
 @over_cases
