@@ -424,9 +424,8 @@ def test_weights_with_gaps_in_memory_are_refused(case: Case) -> None:
 @over_methods
 def test_param_group_with_lrscheduler_goes_in_the_right_direction(info: OptimizerInfo, makers: list[Any]) -> None:
     problem = Problem()
-    optimizer = plain(info)(
-        [{"params": [problem.weight]}, {"params": [problem.bias], "lr": 0.05}], **plain(info).known(inner_steps=3)
-    )
+    groups = [{"params": [problem.weight]}, {"params": [problem.bias], "lr": 0.05}]
+    optimizer = plain(info)(groups, **plain(info).known(inner_steps=3))
     schedulers = [maker(optimizer) for maker in makers]
     before = problem.loss().item()
     for _ in range(20):
