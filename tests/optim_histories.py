@@ -169,8 +169,9 @@ BETWEEN = st.one_of(
 
 
 @st.composite
-def histories(draw: Any, most_groups: int = 3) -> History:
-    method = draw(st.sampled_from(METHODS))
+def histories(draw: Any, method: Method | None = None, most_groups: int = 3) -> History:
+    """Of ``method``, or of one that is drawn."""
+    method = method or draw(st.sampled_from(METHODS))
     shared = dict(draw(method.shared))
     storage = draw(st.sampled_from(["nearest", "stochastic", "masters"]))
     shared |= {"rounding": "stochastic"} if storage == "stochastic" else {"master_weights": storage == "masters"}

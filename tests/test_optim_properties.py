@@ -25,10 +25,12 @@ from optim_histories import (
     ENTROPY_SGD,
     FIXED_POINT,
     HEAT,
+    METHODS,
     PROX,
     SAMPLES,
     Facts,
     History,
+    Method,
     ParamSpec,
     Player,
     assert_same,
@@ -43,15 +45,40 @@ from deeprelax_cuda import backends
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+over_methods = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+
+
 # The same bits on every backend.
 
 
 @pytest.mark.skipif(len(backends.available("cpu")) < 2, reason="there is one backend only")
-@every(120)
-@given(histories())
+@over_methods
+@every(60)
+@given(data=st.data())
 @pytest.mark.slow
-def test_backends_agree(history: History) -> None:
+def test_backends_agree(method: Method, data: st.DataObject) -> None:
+    history = data.draw(histories(method))
     play_alike(*(Player(history, backend=name) for name in backends.available("cpu")))
+
+
+class Clocked(Player):
+    """Has its counters, gamma and lr on the device; SGLD then keeps an anchor where nothing is coupled to it, too."""
+
+    def __init__(self, history: History, **options: Any) -> None:
+        super().__init__(history, capturable=True, **options)
+
+    def facts_of(self, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Facts:
+        idle = self.history.method is SAMPLES and group["gamma"] == math.inf
+        return super().facts_of(p, {role: t for role, t in state.items() if role != "anchor"} if idle else state, group)
+
+
+@over_methods
+@every(25)
+@given(data=st.data())
+@pytest.mark.slow
+def test_clocks_agree_with_the_host(method: Method, data: st.DataObject) -> None:
+    history = data.draw(histories(method))
+    play_alike(Player(history), *(Clocked(history, backend=name) for name in backends.available("cpu")))
 
 
 class OnInstructionSet(Player):
@@ -290,10 +317,12 @@ def out_of_memory(array: np.ndarray, p: Tensor) -> Tensor:
     return t
 
 
-@every(120)
-@given(histories())
+@over_methods
+@every(60)
+@given(data=st.data())
 @pytest.mark.slow
-def test_step_is_the_method_of_each_parameter(history: History) -> None:
+def test_step_is_the_method_of_each_parameter(method: Method, data: st.DataObject) -> None:
+    history = data.draw(histories(method))
     play_alike(ByHand(history), Player(history))
 
 
