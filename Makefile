@@ -1,4 +1,4 @@
-# make demo   train EntropySGD beside SGD on data bundled with scikit-learn
+# make demo   train the methods beside SGD on data bundled with scikit-learn
 # make test   everything that needs no GPU (make test-quick: without the slow tests)
 # make lint   ruff, mypy, clang-format
 # Each target makes its own virtual environment in .venv, installs pinned versions and builds the package. Needs Python >= 3.10;
@@ -13,7 +13,7 @@ NATIVE := $(shell find csrc tests/cpp examples -name "*.h" -o -name "*.cpp" -o -
 
 demo: .venv/installed
 	rm -rf runs/demo
-	$(BIN)/deeprelax train --data digits --method sgd entropy-sgd --out runs/demo
+	$(BIN)/deeprelax train --data digits --method sgd entropy-sgd controlled-sgd hj heat --out runs/demo
 
 test: .venv/installed lint test-cpp
 	$(BIN)/pytest
