@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from contract_cases import same
 from hypothesis import HealthCheck, settings
@@ -152,6 +153,7 @@ SAMPLES = Method(
     evaluates=False,
 )
 METHODS = [ENTROPY_SGD, FIXED_POINT, HEAT, PROX, SAMPLES]
+over_methods = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 STEP = st.tuples(st.just("step"), st.one_of(st.just(ALL), st.integers(0, 255)), st.integers(0, 3))
 BETWEEN = st.one_of(
     st.tuples(st.just("eval")),
@@ -321,6 +323,17 @@ class Player:
         if "period_steps" in state:
             values["period_steps"] = int(state["period_steps"])  # in a tensor or in a number
         return {f"{name} of {number}": v.detach().clone() if isinstance(v, Tensor) else v for name, v in values.items()}
+
+
+class Clocked(Player):
+    """Has its counters, gamma and lr on the device; SGLD then keeps an anchor where nothing is coupled to it, too."""
+
+    def __init__(self, history: History, **options: Any) -> None:
+        super().__init__(history, capturable=True, **options)
+
+    def facts_of(self, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Facts:
+        idle = self.history.method is SAMPLES and group["gamma"] == math.inf
+        return super().facts_of(p, {role: t for role, t in state.items() if role != "anchor"} if idle else state, group)
 
 
 GROUP_FACTS = ("step", "position", "outer_steps", "gamma", "lr", "train_mode", "seed")

@@ -25,9 +25,9 @@ from optim_histories import (
     ENTROPY_SGD,
     FIXED_POINT,
     HEAT,
-    METHODS,
     PROX,
     SAMPLES,
+    Clocked,
     Facts,
     History,
     Method,
@@ -36,6 +36,7 @@ from optim_histories import (
     assert_same,
     every,
     histories,
+    over_methods,
     play_alike,
 )
 from torch import Tensor, nn
@@ -43,9 +44,6 @@ from torch import Tensor, nn
 from deeprelax_cuda import backends
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-over_methods = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 
 
 # The same bits on every backend.
@@ -59,17 +57,6 @@ over_methods = pytest.mark.parametrize("method", METHODS, ids=lambda method: met
 def test_backends_agree(method: Method, data: st.DataObject) -> None:
     history = data.draw(histories(method))
     play_alike(*(Player(history, backend=name) for name in backends.available("cpu")))
-
-
-class Clocked(Player):
-    """Has its counters, gamma and lr on the device; SGLD then keeps an anchor where nothing is coupled to it, too."""
-
-    def __init__(self, history: History, **options: Any) -> None:
-        super().__init__(history, capturable=True, **options)
-
-    def facts_of(self, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Facts:
-        idle = self.history.method is SAMPLES and group["gamma"] == math.inf
-        return super().facts_of(p, {role: t for role, t in state.items() if role != "anchor"} if idle else state, group)
 
 
 @over_methods
