@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -129,10 +129,12 @@ class Clock:
         count = None if self.period_steps is None else int(self.period_steps) + constant.inner
         compute = compute_type(dtype)
         found = self.law.numbers(float(self.gamma), float(self.lr))
-        rounded = {name: float(torch.tensor(value, dtype=torch.float64).to(compute)) for name, value in found.items()}
+        rounded: dict[str, Any] = {
+            name: float(torch.tensor(value, dtype=torch.float64).to(compute)) for name, value in found.items()
+        }
         outer = ends and follows(constant.family, count)
         now = replace(constant, outer=outer, step=int(self.step), **rounded)
-        if count is not None:
+        if count is not None and self.period_steps is not None:
             if now.inner:
                 now = replace(now, a=round_scalar("1 - averaging", self.law.weight(count, constant.a), dtype))
             self.period_steps.fill_(min(count, 0) if ends else count)
