@@ -227,7 +227,7 @@ def test_a_clock_in_every_type(name: str, dtype: torch.dtype, linear: bool) -> N
 
 @pytest.mark.slow
 @over_methods
-@every(5)
+@every(4)
 @given(data=st.data())
 def test_histories_of_an_optimizer(method: Method, data: st.DataObject) -> None:
     history = data.draw(histories(method, most_groups=2))
@@ -236,7 +236,7 @@ def test_histories_of_an_optimizer(method: Method, data: st.DataObject) -> None:
 
 @pytest.mark.slow
 @over_methods
-@every(5)
+@every(4)
 @given(data=st.data())
 def test_histories_of_an_optimizer_with_clocks(method: Method, data: st.DataObject) -> None:
     history = data.draw(histories(method, most_groups=2))
