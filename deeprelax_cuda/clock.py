@@ -80,7 +80,7 @@ class Law(NamedTuple):
         return math.nan if variance < 0.0 else math.sqrt(variance)
 
     def weight(self, count: int, constant: float) -> float:
-        """Return a for the sample of number ``count`` in the average of its period; one before the first has no weight."""
+        """Return a for the sample of number ``count`` in its period; in a mean, one before the first has none."""
         if self.average == "mean":
             return 1.0 / count if count > 0 else 0.0
         return 1.0 if count == 1 else constant
