@@ -100,12 +100,20 @@ def loss_of(model: nn.Module, optimizer: Any, dtype: torch.dtype = torch.float32
     return loss
 
 
+LEARNERS: list[dict[str, Any]] = [
+    {"dtype": torch.float32, "lr": 0.7, "gamma": 1e3},
+    {"dtype": torch.bfloat16, "lr": 0.7, "gamma": 1e3, "master_weights": True},
+    {"dtype": torch.float32, "method": "HamiltonJacobi", "lr": 0.3, "gamma": 0.05},
+    {"dtype": torch.float32, "method": "HeatSGD", "lr": 0.3, "temperature": 1e-5},
+]
+
+
 @pytest.mark.parametrize("label", KERNELS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_network_learns(dtype: torch.dtype, label: str) -> None:
+@pytest.mark.parametrize("kind", LEARNERS, ids=str)
+def test_a_network_learns(kind: dict[str, Any], label: str) -> None:
+    dtype, options = kind["dtype"], {name: value for name, value in kind.items() if name != "dtype"}
     model = network(dtype).to(DEVICE)
-    options = {"master_weights": True} if dtype == torch.bfloat16 else {}
-    optimizer = optimizer_of(model, lr=0.7, momentum=0.0, gamma=1e3, backend=label, **options)
+    optimizer = optimizer_of(model, momentum=0.0, backend=label, **options)
     first = loss_of(model, optimizer, dtype)
     for step in range(40 * L):
         x, y = batch(step, dtype)
