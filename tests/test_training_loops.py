@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from optim_runs import METHODS, L, assert_equal, backward, counters, small_model, snapshot
+from optim_runs import METHODS, L, Method, assert_equal, backward, counters, small_model, snapshot
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as lrs
 from torch.optim import swa_utils
@@ -28,11 +28,11 @@ Run = tuple[nn.Module, EntropySGD]
 
 
 @pytest.fixture(params=METHODS)
-def make(request: pytest.FixtureRequest) -> Callable[..., EntropySGD]:
+def make(request: pytest.FixtureRequest) -> Method:
     return METHODS[request.param]
 
 
-def runs(make: Callable[..., EntropySGD], count: int, dtype: torch.dtype = torch.float32, **options: Any) -> Iterator[Run]:
+def runs(make: Method, count: int, dtype: torch.dtype = torch.float32, **options: Any) -> Iterator[Run]:
     """Yield equal models, each with its optimizer."""
     for _ in range(count):
         model = small_model(dtype)
@@ -73,7 +73,7 @@ def scaled_step(run: Run, scaler: torch.amp.GradScaler, step: int, clip: float |
     scaler.update()
 
 
-def test_scale_of_a_power_of_two_changes_no_bit(make: Callable[..., EntropySGD]) -> None:
+def test_scale_of_a_power_of_two_changes_no_bit(make: Method) -> None:
     plain, scaled = runs(make, 2)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
     for step in range(3 * L + 1):
@@ -87,9 +87,7 @@ def test_scale_of_a_power_of_two_changes_no_bit(make: Callable[..., EntropySGD])
 
 @pytest.mark.parametrize("kind", [{}, {"averaging": "linear"}, {"gamma_total": 3.0, "gamma_min": 0.5}], ids=str)
 @pytest.mark.parametrize("position", range(2 * L))
-def test_step_with_infinite_gradients_is_skipped_whole(
-    make: Callable[..., EntropySGD], kind: dict[str, Any], position: int
-) -> None:
+def test_step_with_infinite_gradients_is_skipped_whole(make: Method, kind: dict[str, Any], position: int) -> None:
     plain, scaled = runs(make, 2, **kind)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     for step in range(3 * L):
@@ -106,7 +104,7 @@ def test_step_with_infinite_gradients_is_skipped_whole(
         assert_same(scaled, plain)
 
 
-def test_unscaling_before_clipping(make: Callable[..., EntropySGD]) -> None:
+def test_unscaling_before_clipping(make: Method) -> None:
     plain, scaled = runs(make, 2)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     for step in range(2 * L + 1):
@@ -117,7 +115,7 @@ def test_unscaling_before_clipping(make: Callable[..., EntropySGD]) -> None:
         assert_same(scaled, plain)
 
 
-def test_scaler_and_optimizer_resume_together(make: Callable[..., EntropySGD]) -> None:
+def test_scaler_and_optimizer_resume_together(make: Method) -> None:
     run, other = runs(make, 2)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
     for step in range(L + 1):
@@ -135,7 +133,7 @@ def test_scaler_and_optimizer_resume_together(make: Callable[..., EntropySGD]) -
         assert resumed.get_scale() == scaler.get_scale()
 
 
-def test_scaler_takes_no_closure_but_none(make: Callable[..., EntropySGD]) -> None:
+def test_scaler_takes_no_closure_but_none(make: Method) -> None:
     """torch's rule; Accelerate passes None by position."""
     scaled, plain = runs(make, 2)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
@@ -150,7 +148,7 @@ def test_scaler_takes_no_closure_but_none(make: Callable[..., EntropySGD]) -> No
     assert_same(scaled, plain)
 
 
-def test_scaler_skips_each_optimizer_for_itself(make: Callable[..., EntropySGD]) -> None:
+def test_scaler_skips_each_optimizer_for_itself(make: Method) -> None:
     (good, first), (bad, second), plain = runs(make, 3)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     for step in range(L):
@@ -171,7 +169,7 @@ def test_scaler_skips_each_optimizer_for_itself(make: Callable[..., EntropySGD])
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_accumulated_micro_batches_are_one_batch(make: Callable[..., EntropySGD], set_to_none: bool) -> None:
+def test_accumulated_micro_batches_are_one_batch(make: Method, set_to_none: bool) -> None:
     """With one gradient for all three the bits are equal; the sum over micro-batches itself rounds otherwise."""
     whole, accumulated, given = runs(make, 3)
     for step in range(2 * L + 1):
@@ -195,9 +193,7 @@ def test_accumulated_micro_batches_are_one_batch(make: Callable[..., EntropySGD]
 
 
 @pytest.mark.parametrize("kind", [{}, {"maximize": True, "weight_decay": 0.1}], ids=str)
-def test_zero_grad_of_either_kind_and_gradients_that_are_left_alone(
-    make: Callable[..., EntropySGD], kind: dict[str, Any]
-) -> None:
+def test_zero_grad_of_either_kind_and_gradients_that_are_left_alone(make: Method, kind: dict[str, Any]) -> None:
     cleared, zeroed = runs(make, 2, **kind)
     for step in range(2 * L + 1):
         for (model, optimizer), set_to_none in ((cleared, True), (zeroed, False)):
@@ -222,7 +218,7 @@ CLIPPING: dict[str, Callable[[list[nn.Parameter]], Any]] = {
 
 
 @pytest.mark.parametrize("clip", CLIPPING.values(), ids=CLIPPING.keys())
-def test_clipped_gradients_are_those_of_the_step(make: Callable[..., EntropySGD], clip: Callable[..., Any]) -> None:
+def test_clipped_gradients_are_those_of_the_step(make: Method, clip: Callable[..., Any]) -> None:
     clipped, given, unclipped = runs(make, 3)
     for step in range(2 * L + 1):
         for model, _ in (clipped, unclipped):
@@ -273,7 +269,7 @@ def test_every_scheduler_of_torch_is_in_the_table() -> None:
     assert found == set(SCHEDULERS)
 
 
-def grouped_runs(make: Callable[..., EntropySGD], count: int, tensor_lr: bool = False) -> Iterator[Run]:
+def grouped_runs(make: Method, count: int, tensor_lr: bool = False) -> Iterator[Run]:
     """Yield equal models whose weights and biases have learning rates of their own."""
     for _ in range(count):
         model = small_model()
@@ -290,7 +286,7 @@ def advance(scheduler: Any, step: int) -> None:
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["number", "tensor"])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_scheduler_is_setting_lr_by_hand(make: Callable[..., EntropySGD], name: str, tensor_lr: bool) -> None:
+def test_scheduler_is_setting_lr_by_hand(make: Method, name: str, tensor_lr: bool) -> None:
     """It moves lr, per group, and momentum where it says so; gamma, inner_lr and all else go their own way."""
     (scheduled,) = grouped_runs(make, 1, tensor_lr)
     by_hand, fixed_lr, fixed_momentum = grouped_runs(make, 3)
@@ -318,7 +314,7 @@ def test_scheduler_is_setting_lr_by_hand(make: Callable[..., EntropySGD], name: 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_scheduler_resumes_with_the_optimizer(make: Callable[..., EntropySGD], name: str) -> None:
+def test_scheduler_resumes_with_the_optimizer(make: Method, name: str) -> None:
     run, other = grouped_runs(make, 2)
     scheduler = SCHEDULERS[name](run[1])
     for step in range(L + 2):
@@ -338,7 +334,7 @@ def test_scheduler_resumes_with_the_optimizer(make: Callable[..., EntropySGD], n
 
 
 @pytest.mark.filterwarnings("error")
-def test_scheduler_beside_a_scaler_and_evaluations(make: Callable[..., EntropySGD]) -> None:
+def test_scheduler_beside_a_scaler_and_evaluations(make: Method) -> None:
     """A skipped step still advances the scheduler, as with torch's optimizers; nothing warns."""
     run, by_hand = runs(make, 2, lr=0.4)
     scheduler, scaler = lrs.ExponentialLR(run[1], gamma=0.9), torch.amp.GradScaler("cpu", init_scale=4.0)
@@ -354,7 +350,7 @@ def test_scheduler_beside_a_scaler_and_evaluations(make: Callable[..., EntropySG
         scheduler.step()
 
 
-def test_averaged_model_beside_it(make: Callable[..., EntropySGD]) -> None:
+def test_averaged_model_beside_it(make: Method) -> None:
     """Taken in eval mode, the average is that of the anchors; the training does not notice."""
     alone, run = runs(make, 2)
     averaged = swa_utils.AveragedModel(run[0])
@@ -399,7 +395,7 @@ def compiler(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("compiler", COMPILERS, indirect=True)
-def test_compiled_model_with_a_step_outside(make: Callable[..., EntropySGD], compiler: str) -> None:
+def test_compiled_model_with_a_step_outside(make: Method, compiler: str) -> None:
     (model, optimizer), given = runs(make, 2)
     compiled = torch.compile(model, backend=compiler)
     for step in range(2 * L + 1):
@@ -411,7 +407,7 @@ def test_compiled_model_with_a_step_outside(make: Callable[..., EntropySGD], com
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compiler", COMPILERS, indirect=True)
-def test_compiled_training_step_with_the_optimizer_inside(make: Callable[..., EntropySGD], compiler: str) -> None:
+def test_compiled_training_step_with_the_optimizer_inside(make: Method, compiler: str) -> None:
     """The step breaks the graph: most of it runs as plain Python, and all of it beyond the limit of recompilations."""
     (model, optimizer), given = runs(make, 2)
 
@@ -430,7 +426,7 @@ def test_compiled_training_step_with_the_optimizer_inside(make: Callable[..., En
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["eager"], indirect=True)
-def test_compiled_step_method(make: Callable[..., EntropySGD], compiler: str) -> None:
+def test_compiled_step_method(make: Method, compiler: str) -> None:
     """``torch.compile(optimizer.step)`` computes the same; as one graph it is refused, and nothing has moved."""
     run, given = runs(make, 2)
     backward(run[0], 0)
@@ -449,7 +445,7 @@ def test_compiled_step_method(make: Callable[..., EntropySGD], compiler: str) ->
 # Precision, memory, sharing.
 
 
-def test_autocast_leaves_float32_training_to_the_optimizer(make: Callable[..., EntropySGD]) -> None:
+def test_autocast_leaves_float32_training_to_the_optimizer(make: Method) -> None:
     (model, optimizer), given = runs(make, 2)
     for step in range(2 * L + 1):
         optimizer.zero_grad()
@@ -463,7 +459,7 @@ def test_autocast_leaves_float32_training_to_the_optimizer(make: Callable[..., E
 
 
 @pytest.mark.parametrize("kind", [{}, {"rounding": "stochastic"}, {"master_weights": True}], ids=str)
-def test_bfloat16_model_has_float32_state(make: Callable[..., EntropySGD], kind: dict[str, Any]) -> None:
+def test_bfloat16_model_has_float32_state(make: Method, kind: dict[str, Any]) -> None:
     model = small_model().to(torch.bfloat16)
     optimizer = make(model.parameters(), temperature=0.0, **kind)
     losses = []
@@ -479,7 +475,7 @@ def test_bfloat16_model_has_float32_state(make: Callable[..., EntropySGD], kind:
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing(make: Callable[..., EntropySGD], use_reentrant: bool) -> None:
+def test_activation_checkpointing(make: Method, use_reentrant: bool) -> None:
     plain, checkpointed = runs(make, 2)
     for step in range(2 * L + 1):
         x = batch(step).requires_grad_()
@@ -491,7 +487,7 @@ def test_activation_checkpointing(make: Callable[..., EntropySGD], use_reentrant
         assert_same(checkpointed, plain)
 
 
-def test_tied_weights_take_one_step(make: Callable[..., EntropySGD]) -> None:
+def test_tied_weights_take_one_step(make: Method) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Tanh(), nn.Linear(4, 4, bias=False))
     model[2].weight = model[0].weight
@@ -509,7 +505,7 @@ def test_tied_weights_take_one_step(make: Callable[..., EntropySGD]) -> None:
         assert torch.equal(optimizer.state[model[0].weight]["anchor"], reference.state[alone]["anchor"])
 
 
-def test_second_backward_through_a_retained_graph_sees_the_step(make: Callable[..., EntropySGD]) -> None:
+def test_second_backward_through_a_retained_graph_sees_the_step(make: Method) -> None:
     """Before the step a second backward adds its gradients; after it autograd refuses: the weights it saved have moved."""
     (model, optimizer), given = runs(make, 2)
     loss = loss_of(model, batch(0))
@@ -524,7 +520,7 @@ def test_second_backward_through_a_retained_graph_sees_the_step(make: Callable[.
         loss.backward()
 
 
-def in_backward(model: nn.Module, make: Callable[..., EntropySGD]) -> list[EntropySGD]:
+def in_backward(model: nn.Module, make: Method) -> list[EntropySGD]:
     """Give each parameter an optimizer, which steps as soon as the gradient is there and frees it."""
     optimizers = [make([p], seed=derive_seed(11, i)) for i, p in enumerate(model.parameters())]
     for p, optimizer in zip(model.parameters(), optimizers, strict=True):
@@ -537,7 +533,7 @@ def in_backward(model: nn.Module, make: Callable[..., EntropySGD]) -> list[Entro
     return optimizers
 
 
-def test_optimizers_in_the_backward_pass(make: Callable[..., EntropySGD]) -> None:
+def test_optimizers_in_the_backward_pass(make: Method) -> None:
     model, other = small_model(), small_model()
     optimizers = in_backward(model, make)
     after = [make([p], seed=derive_seed(11, i)) for i, p in enumerate(other.parameters())]
@@ -554,7 +550,7 @@ def test_optimizers_in_the_backward_pass(make: Callable[..., EntropySGD]) -> Non
     assert optimizers[0].stats()["steps"] == 2 * L + 1
 
 
-def test_optimizers_of_one_program_draw_their_own_noise(make: Callable[..., EntropySGD]) -> None:
+def test_optimizers_of_one_program_draw_their_own_noise(make: Method) -> None:
     """With derived seeds; with one seed the first parameter of each draws the same numbers."""
 
     def drift(seed: int) -> Tensor:
