@@ -15,16 +15,18 @@ from typing import Any
 
 import pytest
 import torch
-from optim_runs import METHODS, L, Method, assert_equal, backward, counters, small_model, snapshot
+from optim_runs import METHODS, ONE, L, Method, assert_equal, backward, counters, small_model, snapshot, those, with_options
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as lrs
 from torch.optim import swa_utils
 from torch.utils.checkpoint import checkpoint
 
 from deeprelax_cuda import derive_seed
-from deeprelax_cuda.optim import EntropySGD
+from deeprelax_cuda.optim.base import RelaxationOptimizer
 
-Run = tuple[nn.Module, EntropySGD]
+Run = tuple[nn.Module, RelaxationOptimizer]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=METHODS)
@@ -85,8 +87,8 @@ def test_scale_of_a_power_of_two_changes_no_bit(make: Method) -> None:
     assert not getattr(plain[1], "_step_supports_amp_scaling", False), "nobody has opted in to fused scaling"
 
 
-@pytest.mark.parametrize("kind", [{}, {"averaging": "linear"}, {"gamma_total": 3.0, "gamma_min": 0.5}], ids=str)
-@pytest.mark.parametrize("position", range(2 * L))
+@with_options("kind", [{}, {"averaging": "linear"}])
+@pytest.mark.parametrize("position", [0, 1, L - 1, L, 2 * L - 1])
 def test_step_with_infinite_gradients_is_skipped_whole(make: Method, kind: dict[str, Any], position: int) -> None:
     plain, scaled = runs(make, 2, **kind)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -187,7 +189,7 @@ def test_accumulated_micro_batches_are_one_batch(make: Method, set_to_none: bool
         for _, optimizer in (whole, accumulated, given):
             optimizer.step()
         assert_same(accumulated, given)
-    assert whole[1].stats() == accumulated[1].stats() == {"steps": 2 * L + 1, "period_steps": 1, "outer_steps": 2}
+    assert whole[1].stats() == accumulated[1].stats() == make.stats(2 * L + 1)
     for p, q in zip(accumulated[0].parameters(), whole[0].parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
 
@@ -283,9 +285,18 @@ def advance(scheduler: Any, step: int) -> None:
     scheduler.step(*([(2.0, 1.5, 1.6, 1.7)[step % 4]] if plateau else []))
 
 
+#: All with one method, and with the others a warm-up from 0, one that moves the momentum too, and one that is no LRScheduler.
+SCHEDULED = [
+    (method, name)
+    for method in METHODS
+    for name in (SCHEDULERS if method == ONE else ("LambdaLR", "OneCycleLR", "ReduceLROnPlateau"))
+    if METHODS[method].takes("momentum") or name not in CYCLE_MOMENTUM
+]
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["number", "tensor"])
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(("make", "name"), SCHEDULED, indirect=["make"])
 def test_scheduler_is_setting_lr_by_hand(make: Method, name: str, tensor_lr: bool) -> None:
     """It moves lr, per group, and momentum where it says so; gamma, inner_lr and all else go their own way."""
     (scheduled,) = grouped_runs(make, 1, tensor_lr)
@@ -309,11 +320,24 @@ def test_scheduler_is_setting_lr_by_hand(make: Method, name: str, tensor_lr: boo
     assert moved == ({"lr", "momentum"} if name in CYCLE_MOMENTUM else {"lr"})
     for p, *others in zip(*(model.parameters() for model, _ in (scheduled, fixed_lr, fixed_momentum)), strict=True):
         assert [torch.equal(p, q) for q in others] == [False, "momentum" not in moved], "what has moved is in force"
-    assert scheduled[1].stats() == by_hand[1].stats() == {"steps": 5 * L, "period_steps": 0, "outer_steps": 5}
+    assert scheduled[1].stats() == by_hand[1].stats() == make.stats(5 * L)
+
+
+@those(lambda method: not method.takes("momentum"))
+@pytest.mark.parametrize("name", sorted(CYCLE_MOMENTUM))
+def test_scheduler_that_moves_a_momentum_that_is_not_there(make: Method, name: str) -> None:
+    (run,) = grouped_runs(make, 1)
+    SCHEDULERS[name](run[1])
+    before = snapshot(*run)
+    backward(run[0], 0)
+    with pytest.raises(ValueError, match=r"^momentum: .* has no such option, .*scheduler"):
+        run[1].step()
+    assert_equal(snapshot(*run), before)
+    assert run[1].stats()["steps"] == 0
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(("make", "name"), SCHEDULED, indirect=["make"])
 def test_scheduler_resumes_with_the_optimizer(make: Method, name: str) -> None:
     run, other = grouped_runs(make, 2)
     scheduler = SCHEDULERS[name](run[1])
@@ -351,10 +375,10 @@ def test_scheduler_beside_a_scaler_and_evaluations(make: Method) -> None:
 
 
 def test_averaged_model_beside_it(make: Method) -> None:
-    """Taken in eval mode, the average is that of the anchors; the training does not notice."""
+    """Taken in eval mode, the average is that of the anchors, if there are any; the training does not notice."""
     alone, run = runs(make, 2)
     averaged = swa_utils.AveragedModel(run[0])
-    anchors: list[list[Tensor]] = []
+    shown: list[list[Tensor]] = []
     for step in range(4 * L):
         for model, optimizer in (alone, run):
             backward(model, step)
@@ -362,10 +386,10 @@ def test_averaged_model_beside_it(make: Method) -> None:
         if step % 2:
             run[1].eval()
             averaged.update_parameters(run[0])
-            anchors.append([run[1].state[p]["anchor"].clone() for p in run[0].parameters()])
+            shown.append([(run[1].state[p]["anchor"] if make.has_periods else p.detach()).clone() for p in run[0].parameters()])
             run[1].train()
         assert_same(run, alone)
-    for p, *seen in zip(averaged.parameters(), *anchors, strict=True):
+    for p, *seen in zip(averaged.parameters(), *shown, strict=True):
         torch.testing.assert_close(p.detach(), torch.stack(seen).mean(0))
     loader = [batch(step) for step in range(2)]
     swa_utils.update_bn(loader, averaged)
@@ -382,7 +406,12 @@ def assert_as_with_its_gradients(run: Run, given: Run) -> None:
     assert_same(run, given)
 
 
-COMPILERS = ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+#: What a compiler sees of the optimizer is a step that breaks the graph, whichever method's.
+COMPILED = [
+    *((method, "eager") for method in METHODS),
+    (ONE, "aot_eager"),
+    pytest.param(ONE, "inductor", marks=pytest.mark.slow),
+]
 
 
 @pytest.fixture
@@ -394,7 +423,7 @@ def compiler(request: pytest.FixtureRequest) -> Iterator[str]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("compiler", COMPILERS, indirect=True)
+@pytest.mark.parametrize(("make", "compiler"), COMPILED, indirect=True)
 def test_compiled_model_with_a_step_outside(make: Method, compiler: str) -> None:
     (model, optimizer), given = runs(make, 2)
     compiled = torch.compile(model, backend=compiler)
@@ -406,7 +435,7 @@ def test_compiled_model_with_a_step_outside(make: Method, compiler: str) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compiler", COMPILERS, indirect=True)
+@pytest.mark.parametrize(("make", "compiler"), COMPILED, indirect=True)
 def test_compiled_training_step_with_the_optimizer_inside(make: Method, compiler: str) -> None:
     """The step breaks the graph: most of it runs as plain Python, and all of it beyond the limit of recompilations."""
     (model, optimizer), given = runs(make, 2)
@@ -455,13 +484,14 @@ def test_autocast_leaves_float32_training_to_the_optimizer(make: Method) -> None
         output.float().square().mean().backward()
         optimizer.step()
         assert_as_with_its_gradients((model, optimizer), given)
-    assert {t.dtype for t in snapshot(model, optimizer).values()} == {torch.float32}
+    found = {name: t.dtype for name, t in snapshot(model, optimizer).items() if not name.endswith(" period_steps")}
+    assert set(found.values()) == {torch.float32}
 
 
 @pytest.mark.parametrize("kind", [{}, {"rounding": "stochastic"}, {"master_weights": True}], ids=str)
 def test_bfloat16_model_has_float32_state(make: Method, kind: dict[str, Any]) -> None:
     model = small_model().to(torch.bfloat16)
-    optimizer = make(model.parameters(), temperature=0.0, **kind)
+    optimizer = make(model.parameters(), **make.of({"temperature": 0.0}), **kind)
     losses = []
     for _ in range(10 * L):
         optimizer.zero_grad()
@@ -471,7 +501,9 @@ def test_bfloat16_model_has_float32_state(make: Method, kind: dict[str, Any]) ->
     assert losses[-1] < 0.5 * losses[0]
     for p in model.parameters():
         assert p.dtype == p.grad.dtype == torch.bfloat16
-        assert {t.dtype for t in optimizer.state[p].values()} == {torch.float32}
+        roles = optimizer.state[p].keys() - {"period_steps"}
+        assert {optimizer.state[p][role].dtype for role in roles} <= {torch.float32}
+        assert set(make.roles) <= roles
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -502,7 +534,8 @@ def test_tied_weights_take_one_step(make: Method) -> None:
         reference.step()
         assert torch.equal(model[0].weight, alone)
         assert model[2].weight is model[0].weight
-        assert torch.equal(optimizer.state[model[0].weight]["anchor"], reference.state[alone]["anchor"])
+        for role in make.roles:
+            assert torch.equal(optimizer.state[model[0].weight][role], reference.state[alone][role])
 
 
 def test_second_backward_through_a_retained_graph_sees_the_step(make: Method) -> None:
@@ -520,12 +553,12 @@ def test_second_backward_through_a_retained_graph_sees_the_step(make: Method) ->
         loss.backward()
 
 
-def in_backward(model: nn.Module, make: Method) -> list[EntropySGD]:
+def in_backward(model: nn.Module, make: Method) -> list[RelaxationOptimizer]:
     """Give each parameter an optimizer, which steps as soon as the gradient is there and frees it."""
     optimizers = [make([p], seed=derive_seed(11, i)) for i, p in enumerate(model.parameters())]
     for p, optimizer in zip(model.parameters(), optimizers, strict=True):
 
-        def hook(_: Tensor, optimizer: EntropySGD = optimizer) -> None:
+        def hook(_: Tensor, optimizer: RelaxationOptimizer = optimizer) -> None:
             optimizer.step()
             optimizer.zero_grad()
 
@@ -550,6 +583,7 @@ def test_optimizers_in_the_backward_pass(make: Method) -> None:
     assert optimizers[0].stats()["steps"] == 2 * L + 1
 
 
+@those(lambda method: method.takes("temperature"))
 def test_optimizers_of_one_program_draw_their_own_noise(make: Method) -> None:
     """With derived seeds; with one seed the first parameter of each draws the same numbers."""
 
