@@ -132,7 +132,7 @@ METHODS: dict[str, Method] = {
     ),
     "SGLD free": Method(
         kind=SGLD,
-        settings={"lr": 0.1, "temperature": 1e-3, "seed": 11},
+        settings={"lr": 0.1, "gamma": math.inf, "temperature": 1e-3, "seed": 11},
         average=None,
         has_periods=False,
         has_anchor=False,
