@@ -154,7 +154,7 @@ def with_options(
 ) -> pytest.MarkDecorator:
     """Run a test with each of the ``choices`` of options under ``name``, as far as they mean something to the method.
 
-    A "dtype" among them is that of the model. What comes to the same for a method is run once.
+    A "dtype" among them is that of the model. What comes to the same for a method is run once, what it refuses is not.
     """
     pairs = []
     for method in METHODS:
@@ -163,7 +163,7 @@ def with_options(
         seen: list[dict[str, Any]] = []
         for choice in choices:
             own = {key: value for key, value in choice.items() if key == "dtype" or METHODS[method].takes(key)}
-            if own not in seen:
+            if own not in seen and not any(pair in METHODS[method].refuses for pair in own.items()):
                 seen.append(own)
                 label = " ".join(str(value).removeprefix("torch.") for value in own.values())
                 pairs.append(pytest.param(method, own, id=f"{method}-{label}"))
