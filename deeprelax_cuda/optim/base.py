@@ -201,7 +201,10 @@ class RelaxationOptimizer(Method):
 
     @property
     def at_outer_boundary(self) -> bool:
-        """Whether the anchor has just moved: the parameters hold it, and a new period starts with the next step."""
+        """Whether the anchor has just moved, and a new period starts with the next step.
+
+        The parameters hold the anchor then, but for those of `deeprelax_cuda.HeatSGD`, which are always perturbed.
+        """
         first = self.param_groups[0]
         return bool(first["step"] > 0 and first["position"] == 0)
 
