@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from contract_cases import BACKENDS, backend
 from optim_runs import METHODS, ONE, Method, those, with_options
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -95,7 +96,8 @@ def assert_same(a: RelaxationOptimizer, b: RelaxationOptimizer) -> None:
             value, other_value = own[name], theirs["state"][key][name]
             assert torch.equal(value, other_value) if isinstance(value, Tensor) else value == other_value, (key, name)
     for group, other in zip(ours["param_groups"], theirs["param_groups"], strict=True):
-        assert {**group, "capturable": None} == {**other, "capturable": None}
+        apart = {"capturable": None, "backend": None}
+        assert {**group, **apart} == {**other, **apart}
 
 
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
@@ -109,6 +111,20 @@ def test_the_same_bits_as_with_numbers_of_the_host(make: Method, options: dict[s
         assert_same(plain, clocked)
     assert plain.stats() == clocked.stats()
     assert not torch.equal(here[0], weights()[0])
+
+
+@pytest.mark.parametrize("clocked", [False, True])
+@pytest.mark.parametrize("label", BACKENDS[1:])
+def test_the_same_bits_on_every_backend(make: Method, label: str, clocked: bool) -> None:
+    here, there = weights(), weights()
+    reference = build(False, here, make, backend="eager")
+    with backend(label) as name:
+        optimizer = build(clocked, there, make, backend=name)
+        for step in range(L + 2):
+            run(reference, here, range(step, step + 1))
+            run(optimizer, there, range(step, step + 1))
+            assert_same(reference, optimizer)
+    assert not any(torch.equal(p, was) for p, was in zip(there, weights(), strict=True) if p.numel())
 
 
 @with_options(
