@@ -246,22 +246,23 @@ def test_consolidating_does_nothing_where_there_is_no_average(make: Method) -> N
 
 
 @those(lambda method: method.averages_gradients)
+@pytest.mark.parametrize("loaded", [False, True])
 @pytest.mark.parametrize("name", ["consolidate_", "reset_anchors_"])
-def test_average_of_gradients_begins_with_the_first_that_counts_from_there(make: Method, name: str) -> None:
+def test_average_of_gradients_begins_with_the_first_that_counts_from_there(make: Method, name: str, loaded: bool) -> None:
     """Whatever was in it: a period depends on nothing before it but x, the outer momentum and the counters."""
     p = nn.Parameter(torch.linspace(-1, 1, 4))
     optimizer = make([p])
     for step in range(L + 2):
         step_with(optimizer, (p, 1.0 + step))
+    if loaded:
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     getattr(optimizer, name)()
-    for i, value in enumerate((5.0, 7.0)):
-        average = optimizer.state[p]["gradient_average"].clone()
+    old = optimizer.state[p]["gradient_average"][0].item()
+    counted = (5.0, 7.0, 11.0)[make.uncounted :]
+    second = counted[0] + (0.25 if make.takes("averaging") else 0.5) * (counted[1] - counted[0])
+    for value, average in zip((5.0, 7.0, 11.0), [*[old] * make.uncounted, counted[0], second], strict=False):
         step_with(optimizer, (p, value))
-        counted = i + 1 - make.uncounted
-        if counted == 0:
-            assert torch.equal(optimizer.state[p]["gradient_average"], average)
-        elif counted == 1:
-            assert torch.equal(optimizer.state[p]["gradient_average"], torch.full((4,), value))
+        assert torch.equal(optimizer.state[p]["gradient_average"], torch.full((4,), average))
 
 
 @pytest.mark.parametrize("in_eval", [False, True], ids=["train", "eval"])
