@@ -42,7 +42,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     ended: dict[str, tuple[str, bool]] = {}  # by test: one that passes and then fails to clean up has two reports
     for outcome in ("passed", "failed", "error"):
         for report in terminalreporter.getreports(outcome):
-            if of := dict(report.user_properties).get(OF):
+            if of := dict(getattr(report, "user_properties", ())).get(OF):  # a file that failed to load has none
                 ended[report.nodeid] = (of, outcome == "passed")
     tried = Counter(of for of, _ in ended.values())
     caught = Counter(of for of, passed in ended.values() if passed)

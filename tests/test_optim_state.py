@@ -11,40 +11,52 @@ from typing import Any
 
 import pytest
 import torch
-from optim_runs import KINDS, METHODS, L, assert_equal, backward, counters, small_model, snapshot, walk
+from optim_runs import (
+    KINDS,
+    METHODS,
+    L,
+    Method,
+    assert_equal,
+    backward,
+    counters,
+    small_model,
+    snapshot,
+    those,
+    walk,
+    with_options,
+)
 from torch import nn
 
-from deeprelax_cuda.optim import EntropySGD
+from deeprelax_cuda.optim.base import COUNTERS, RelaxationOptimizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=METHODS)
-def make(request: pytest.FixtureRequest) -> Callable[..., EntropySGD]:
+def make(request: pytest.FixtureRequest) -> Method:
     return METHODS[request.param]
-
-
-@pytest.fixture(params=KINDS, ids=lambda kind: " ".join(map(str, kind.values())))
-def kind(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return dict(request.param)
 
 
 # Saving, loading, copying.
 
 
-def test_counters_are_plain_numbers(make: Callable[..., EntropySGD]) -> None:
+def test_counters_are_plain_numbers(make: Method) -> None:
     model = small_model()
     optimizer = make(model.parameters())
     walk(model, optimizer, range(L + 1))
     (group,) = optimizer.state_dict()["param_groups"]
-    assert (group["step"], group["position"], group["outer_steps"], group["seed"]) == (L + 1, 1, 1, 11)
+    assert dict(zip(("steps", "period_steps", "outer_steps"), map(group.get, COUNTERS), strict=True)) == make.stats(L + 1)
+    assert group["seed"] == 11
     assert group["contract_version"] == 1
     for name in ("step", "position", "outer_steps", "seed", "contract_version"):
         assert type(group[name]) is int
     for name in ("gamma", "initial_gamma", "initial_inner_lr"):
         assert type(group[name]) is float
+    assert {type(own["period_steps"]) for own in optimizer.state_dict()["state"].values() if "period_steps" in own} <= {int}
 
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"])
-def test_copies_go_their_own_way(make: Callable[..., EntropySGD], copier: Callable[[Any], Any]) -> None:
+def test_copies_go_their_own_way(make: Method, copier: Callable[[Any], Any]) -> None:
     model = small_model()
     optimizer = make(model.parameters())
     walk(model, optimizer, range(L + 1))
@@ -56,7 +68,8 @@ def test_copies_go_their_own_way(make: Callable[..., EntropySGD], copier: Callab
     assert_equal(snapshot(other, copied), snapshot(model, optimizer))
 
 
-def test_loading_copies_and_respects_hooks(make: Callable[..., EntropySGD]) -> None:
+@those(lambda method: method.has_anchor)
+def test_loading_copies_and_respects_hooks(make: Method) -> None:
     """A user's pre-hook sees the incoming state before ours, a post-hook the loaded state with its types."""
     model, other = small_model(torch.bfloat16), small_model(torch.bfloat16)
     optimizer, resumed = make(model.parameters()), make(other.parameters())
@@ -73,21 +86,29 @@ def test_loading_copies_and_respects_hooks(make: Callable[..., EntropySGD]) -> N
     assert set(seen) == {torch.float32}
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(resumed.state[q]["anchor"], -optimizer.state[p]["anchor"])
-        for role, tensor in resumed.state[q].items():
-            assert tensor.data_ptr() != optimizer.state[p][role].data_ptr()
+        assert resumed.state[q].keys() == optimizer.state[p].keys()
+        for role, value in resumed.state[q].items():
+            if role != "period_steps":  # a number, until the next step
+                assert value.data_ptr() != optimizer.state[p][role].data_ptr()
 
 
-def test_loading_a_foreign_state_is_refused_and_changes_nothing(make: Callable[..., EntropySGD]) -> None:
+def test_loading_a_foreign_state_is_refused_and_changes_nothing(make: Method) -> None:
     model = small_model()
     optimizer = make(model.parameters())
     walk(model, optimizer, range(2))
     before, numbers = snapshot(model, optimizer), counters(optimizer)
     with pytest.raises(ValueError, match="contract version 1, got None"):
         optimizer.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.1).state_dict())
-    wrong_shape = copy.deepcopy(optimizer.state_dict())
-    wrong_shape["state"][0]["average"] = torch.zeros(1)
-    with pytest.raises(ValueError, match=r"average\[0\]: expected the shape of its parameter, \(5, 4\), got \(1,\)"):
-        optimizer.load_state_dict(wrong_shape)
+    for other in METHODS.values():
+        if other.kind is not make.kind:
+            walk(strange := small_model(), of_other := other(strange.parameters()), range(2))
+            with pytest.raises(ValueError, match=f"the state of {make.kind.METHOD}, got that of {other.kind.METHOD}"):
+                optimizer.load_state_dict(of_other.state_dict())
+    for role in make.roles:
+        wrong_shape = copy.deepcopy(optimizer.state_dict())
+        wrong_shape["state"][0][role] = torch.zeros(1)
+        with pytest.raises(ValueError, match=rf"{role}\[0\]: expected the shape of its parameter, \(5, 4\), got \(1,\)"):
+            optimizer.load_state_dict(wrong_shape)
     assert_equal(snapshot(model, optimizer), before)
     assert counters(optimizer) == numbers
 
@@ -95,25 +116,26 @@ def test_loading_a_foreign_state_is_refused_and_changes_nothing(make: Callable[.
 # Evaluating.
 
 
-@pytest.mark.parametrize("round_trips", [1, 7])
-def test_evaluating_never_changes_training(make: Callable[..., EntropySGD], kind: dict[str, Any], round_trips: int) -> None:
-    dtype = kind.pop("dtype")
-    (model, optimizer), (other, evaluated) = ((m := small_model(dtype), make(m.parameters(), **kind)) for _ in range(2))
+@with_options("kind", KINDS)
+def test_evaluating_never_changes_training(make: Method, kind: dict[str, Any]) -> None:
+    options = dict(kind)
+    dtype = options.pop("dtype")
+    (model, optimizer), (other, evaluated) = ((m := small_model(dtype), make(m.parameters(), **options)) for _ in range(2))
     for step in range(2 * L + 1):
         walk(model, optimizer, range(step, step + 1))
         walk(other, evaluated, range(step, step + 1))
-        for _ in range(round_trips):
+        for _ in range(1 + step % 3):
             evaluated.eval()
             evaluated.eval()
-            for p in other.parameters():
-                assert torch.equal(p, evaluated.state[p]["anchor"].to(dtype))
+            for p, live in zip(other.parameters(), model.parameters(), strict=True):
+                assert torch.equal(p, evaluated.state[p]["anchor"].to(dtype) if make.has_periods else live)
             evaluated.train()
             evaluated.train()
         assert_equal(snapshot(other, evaluated), snapshot(model, optimizer))
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "scheduled"])
-def test_step_in_eval_mode_returns_to_train_mode_with_one_warning(make: Callable[..., EntropySGD], wrapped: bool) -> None:
+def test_step_in_eval_mode_returns_to_train_mode_with_one_warning(make: Method, wrapped: bool) -> None:
     (model, optimizer), (other, evaluated) = ((m := small_model(), make(m.parameters())) for _ in range(2))
     if wrapped:
         torch.optim.lr_scheduler.ConstantLR(evaluated, factor=1.0)
@@ -126,14 +148,15 @@ def test_step_in_eval_mode_returns_to_train_mode_with_one_warning(make: Callable
             optimizer.step()
             evaluated.eval()
             evaluated.step(lambda step=step: backward(other, step))  # its gradients are taken at the live weights
-    assert ["step() in eval mode" in str(warning.message) for warning in caught] == [True]
-    line = linecache.getline(caught[0].filename, caught[0].lineno)
-    assert caught[0].filename == __file__
-    assert "evaluated.step(" in line
+    assert ["step() in eval mode" in str(warning.message) for warning in caught] == [True] * make.has_periods
+    for warning in caught:
+        assert warning.filename == __file__
+        assert "evaluated.step(" in linecache.getline(warning.filename, warning.lineno)
     assert_equal(snapshot(other, evaluated), snapshot(model, optimizer))
 
 
-def test_step_that_is_none_stays_in_eval_mode(make: Callable[..., EntropySGD]) -> None:
+@those(lambda method: method.has_periods)
+def test_step_that_is_none_stays_in_eval_mode(make: Method) -> None:
     """A refused one, one without gradients, and the phantom step, which allocates the live weights too."""
     model = small_model()
     optimizer = make(model.parameters())
@@ -163,7 +186,8 @@ def test_step_that_is_none_stays_in_eval_mode(make: Callable[..., EntropySGD]) -
     assert_equal(snapshot(model, optimizer), before)
 
 
-def test_refused_step_keeps_the_live_weights_of_a_model_that_was_cast(make: Callable[..., EntropySGD]) -> None:
+@those(lambda method: method.has_periods)
+def test_refused_step_keeps_the_live_weights_of_a_model_that_was_cast(make: Method) -> None:
     model = small_model()
     optimizer = make(model.parameters())
     walk(model, optimizer, range(2))
@@ -183,38 +207,71 @@ def interrupted() -> float:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("in_eval", [False, True], ids=["train", "eval"])
-@pytest.mark.parametrize("name", ["consolidate_", "sync_lookahead"])
-def test_consolidating_goes_on_from_the_anchor(
-    make: Callable[..., EntropySGD], kind: dict[str, Any], name: str, in_eval: bool
-) -> None:
-    dtype = kind.pop("dtype")
+@pytest.mark.parametrize(("in_eval", "name"), [(False, "consolidate_"), (True, "consolidate_"), (True, "sync_lookahead")])
+@with_options("kind", KINDS, lambda method: method.has_periods)
+def test_consolidating_goes_on_from_the_anchor(make: Method, kind: dict[str, Any], name: str, in_eval: bool) -> None:
+    options = dict(kind)
+    dtype = options.pop("dtype")
     model = small_model(dtype)
-    optimizer = make(model.parameters(), **kind)
+    optimizer = make(model.parameters(), **options)
     walk(model, optimizer, range(L + 2))
-    anchors = [optimizer.state[p]["anchor"].clone() for p in model.parameters()]
+    before = [{role: value.clone() for role, value in optimizer.state[p].items()} for p in model.parameters()]
     if in_eval:
         optimizer.eval()
     getattr(optimizer, name)()
     optimizer.train()
-    for p, x in zip(model.parameters(), anchors, strict=True):
-        state = optimizer.state[p]
+    for p, was in zip(model.parameters(), before, strict=True):
+        state, x = optimizer.state[p], was["anchor"]
         assert torch.equal(p, x.to(dtype))
         assert torch.equal(state["anchor"], x)
-        assert torch.equal(state["average"], x)
+        assert torch.equal(state[make.average], was["gradient_average"] if make.averages_gradients else x)
         assert "master" not in state or torch.equal(state["master"], x)
-        assert state.get("period_steps", 0) == 0
+        assert state.get("period_steps", -make.uncounted) == -make.uncounted
+        for role in state.keys() & {"momentum", "outer_momentum"}:
+            assert torch.equal(state[role], was[role])
     assert optimizer.stats() == {"steps": L + 2, "period_steps": 0, "outer_steps": 1}
     assert optimizer.at_outer_boundary
 
 
+@those(lambda method: not method.has_periods)
+def test_consolidating_does_nothing_where_there_is_no_average(make: Method) -> None:
+    model = small_model()
+    optimizer = make(model.parameters())
+    walk(model, optimizer, range(L + 2))
+    before = snapshot(model, optimizer)
+    optimizer.consolidate_()
+    optimizer.sync_lookahead()
+    assert_equal(snapshot(model, optimizer), before)
+    assert optimizer.stats() == make.stats(L + 2)
+
+
+@those(lambda method: method.averages_gradients)
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("name", ["consolidate_", "reset_anchors_"])
+def test_average_of_gradients_begins_with_the_first_that_counts_from_there(make: Method, name: str, loaded: bool) -> None:
+    """Whatever was in it: a period depends on nothing before it but x, the outer momentum and the counters."""
+    p = nn.Parameter(torch.linspace(-1, 1, 4))
+    optimizer = make([p])
+    for step in range(L + 2):
+        step_with(optimizer, (p, 1.0 + step))
+    if loaded:
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    getattr(optimizer, name)()
+    old = optimizer.state[p]["gradient_average"][0].item()
+    counted = (5.0, 7.0, 11.0)[make.uncounted :]
+    second = counted[0] + (0.25 if make.takes("averaging") else 0.5) * (counted[1] - counted[0])
+    for value, average in zip((5.0, 7.0, 11.0), [*[old] * make.uncounted, counted[0], second], strict=False):
+        step_with(optimizer, (p, value))
+        assert torch.equal(optimizer.state[p]["gradient_average"], torch.full((4,), average))
+
+
 @pytest.mark.parametrize("in_eval", [False, True], ids=["train", "eval"])
-def test_resetting_anchors_takes_the_weights_that_are_there(
-    make: Callable[..., EntropySGD], kind: dict[str, Any], in_eval: bool
-) -> None:
-    dtype = kind.pop("dtype")
+@with_options("kind", KINDS)
+def test_resetting_anchors_takes_the_weights_that_are_there(make: Method, kind: dict[str, Any], in_eval: bool) -> None:
+    options = dict(kind)
+    dtype = options.pop("dtype")
     model = small_model(dtype)
-    optimizer = make(model.parameters(), **kind)
+    optimizer = make(model.parameters(), **options)
     walk(model, optimizer, range(L + 2))
     if in_eval:
         optimizer.eval()
@@ -223,26 +280,35 @@ def test_resetting_anchors_takes_the_weights_that_are_there(
     optimizer.reset_anchors_()
     optimizer.train()
     for p in model.parameters():
-        for role in ("anchor", "average", *(["master"] if "master_weights" in kind else [])):
+        for role in ({"average"} & set(make.roles)) | ({"anchor", "master"} & optimizer.state[p].keys()):
             assert torch.equal(optimizer.state[p][role], p.detach().to(optimizer.state[p][role].dtype))
         assert torch.equal(p, torch.full_like(p, 0.3))
+        assert optimizer.state[p].get("period_steps", -make.uncounted) == -make.uncounted
+        assert ("anchor" in optimizer.state[p]) == make.has_anchor
+        assert optimizer.state[p].get("period_steps", -make.uncounted) == -make.uncounted
+        assert ("anchor" in optimizer.state[p]) == make.has_anchor
     assert optimizer.stats()["period_steps"] == 0
 
 
 # What users do to the state and to the parameters between steps.
 
 
+def tensors(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {role: torch.as_tensor(value) for role, value in state.items()}
+
+
 def two_parameters() -> tuple[nn.Parameter, nn.Parameter]:
     return nn.Parameter(torch.linspace(-1, 1, 4)), nn.Parameter(torch.linspace(1, 2, 3))
 
 
-def step_with(optimizer: EntropySGD, *grads: tuple[nn.Parameter, float | None]) -> None:
+def step_with(optimizer: RelaxationOptimizer, *grads: tuple[nn.Parameter, float | None]) -> None:
     for p, value in grads:
         p.grad = None if value is None else torch.full_like(p, value)
     optimizer.step()
 
 
-def test_looking_at_the_state_of_a_parameter_makes_none(make: Callable[..., EntropySGD]) -> None:
+@those(lambda method: method.has_periods)
+def test_looking_at_the_state_of_a_parameter_makes_none(make: Method) -> None:
     """``optimizer.state`` is a defaultdict: torch's own idiom leaves an empty dict behind."""
     p, unused = two_parameters()
     start = unused.detach().clone()
@@ -265,7 +331,8 @@ def test_looking_at_the_state_of_a_parameter_makes_none(make: Callable[..., Entr
     assert torch.equal(optimizer.state[unused]["anchor"], start)
 
 
-def test_phantom_step_is_one_after_a_look_at_the_state(make: Callable[..., EntropySGD]) -> None:
+@those(lambda method: method.has_anchor)
+def test_phantom_step_is_one_after_a_look_at_the_state(make: Method) -> None:
     p, q = two_parameters()
     optimizer = make([p, q])
     optimizer.param_groups[0]["lr"] = 0.0
@@ -275,7 +342,7 @@ def test_phantom_step_is_one_after_a_look_at_the_state(make: Callable[..., Entro
     assert "anchor" in optimizer.state[p]
 
 
-def test_loaded_empty_state_is_none(make: Callable[..., EntropySGD]) -> None:
+def test_loaded_empty_state_is_none(make: Method) -> None:
     p, unused = two_parameters()
     optimizer = make([p, unused])
     step_with(optimizer, (p, 1.0))
@@ -289,8 +356,9 @@ def test_loaded_empty_state_is_none(make: Callable[..., EntropySGD]) -> None:
     assert not optimizer.state[unused]
 
 
+@those(lambda method: method.has_periods)
 @pytest.mark.parametrize("spoil", ["drop", "reshape"])
-def test_switching_weights_is_all_or_nothing(make: Callable[..., EntropySGD], spoil: str) -> None:
+def test_switching_weights_is_all_or_nothing(make: Method, spoil: str) -> None:
     p, q = two_parameters()
     optimizer = make([("first", p), ("second", q)])
     step_with(optimizer, (p, 1.0), (q, 1.0))
@@ -316,7 +384,8 @@ def test_switching_weights_is_all_or_nothing(make: Callable[..., EntropySGD], sp
     optimizer.train()
 
 
-def test_state_saved_in_eval_mode_outlives_the_next_train(make: Callable[..., EntropySGD]) -> None:
+@those(lambda method: method.has_periods)
+def test_state_saved_in_eval_mode_outlives_the_next_train(make: Method) -> None:
     model = small_model()
     optimizer = make(model.parameters())
     walk(model, optimizer, range(2))
@@ -334,8 +403,9 @@ def test_state_saved_in_eval_mode_outlives_the_next_train(make: Callable[..., En
     assert_equal(snapshot(other, resumed), snapshot(model, optimizer))
 
 
+@those(lambda method: method.has_periods)
 @pytest.mark.parametrize(("in_eval", "role"), [(False, "anchor"), (True, "anchor"), (True, "live")])
-def test_loading_an_incomplete_state_is_refused_by_name(make: Callable[..., EntropySGD], in_eval: bool, role: str) -> None:
+def test_loading_an_incomplete_state_is_refused_by_name(make: Method, in_eval: bool, role: str) -> None:
     p, q = two_parameters()
     optimizer = make([("first", p), ("second", q)])
     step_with(optimizer, (p, 1.0), (q, 1.0))
@@ -347,21 +417,22 @@ def test_loading_an_incomplete_state_is_refused_by_name(make: Callable[..., Entr
     with pytest.raises(ValueError, match=rf'^state_dict, params\[1 second\]: expected "{role}" in its state'):
         optimizer.load_state_dict(incomplete)
     after = optimizer.state_dict()["state"]
+    assert after.keys() == before.keys()
     for number, state in before.items():
-        assert_equal(after[number], state)
+        assert_equal(tensors(after[number]), tensors(state))
     assert counters(optimizer) == numbers
 
 
-def test_parameter_transposed_in_place_is_paired_with_its_own_state(make: Callable[..., EntropySGD]) -> None:
+def test_parameter_transposed_in_place_is_paired_with_its_own_state(make: Method) -> None:
     """A square weight transposed at its address, which neither the address nor the shape tells: other weights, same state."""
     torch.manual_seed(0)
     p = nn.Parameter(torch.randn(3, 3))
-    optimizer = make([p], temperature=0.0)
+    optimizer = make([p], **(quiet := make.of({"temperature": 0.0})))
     for _ in range(L):
         p.grad = torch.randn(3, 3)
         optimizer.step()
     other = nn.Parameter(p.detach().t().contiguous())
-    reference = make([other], temperature=0.0)
+    reference = make([other], **quiet)
     reference.load_state_dict(optimizer.state_dict())
     p.data = p.data.t()
     for _ in range(L + 1):
@@ -370,14 +441,15 @@ def test_parameter_transposed_in_place_is_paired_with_its_own_state(make: Callab
         optimizer.step()
         reference.step()
         assert torch.equal(p, other)
-        assert torch.equal(optimizer.state[p]["anchor"], reference.state[other]["anchor"])
+        for role in make.roles:
+            assert torch.equal(optimizer.state[p][role], reference.state[other][role])
 
 
-def test_model_laid_out_anew_goes_on(make: Callable[..., EntropySGD]) -> None:
+def test_model_laid_out_anew_goes_on(make: Method) -> None:
     torch.manual_seed(0)
     models = [nn.Conv2d(3, 4, 3) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    optimizers = [make(model.parameters(), temperature=0.0) for model in models]
+    optimizers = [make(model.parameters(), **make.of({"temperature": 0.0})) for model in models]
     for step in range(2 * L):
         x = torch.randn(2, 3, 5, 5)
         for model, optimizer in zip(models, optimizers, strict=True):
@@ -389,12 +461,14 @@ def test_model_laid_out_anew_goes_on(make: Callable[..., EntropySGD]) -> None:
             assert models[1].weight.stride() != models[0].weight.stride()
     for role, value in optimizers[0].state[models[0].weight].items():
         torch.testing.assert_close(optimizers[1].state[models[1].weight][role], value)
-    assert optimizers[1].state[models[1].weight]["anchor"].stride() == models[1].weight.stride()
+        assert role == "period_steps" or optimizers[1].state[models[1].weight][role].stride() == models[1].weight.stride()
+    torch.testing.assert_close(models[1].weight, models[0].weight)
 
 
-def test_masters_that_were_switched_off_do_not_come_back(make: Callable[..., EntropySGD]) -> None:
+@those(lambda method: not method.averages_gradients)  # which never go on from y
+def test_masters_that_were_switched_off_do_not_come_back(make: Method) -> None:
     p = nn.Parameter(torch.linspace(-1, 1, 8, dtype=torch.bfloat16))
-    optimizer = make([p], master_weights=True, temperature=0.0, inner_steps=10)
+    optimizer = make([p], master_weights=True, **make.of({"temperature": 0.0, "inner_steps": 10}))
     for masters in (True, False, False, True):
         optimizer.param_groups[0]["master_weights"] = masters
         before = p.detach().clone()
@@ -404,13 +478,14 @@ def test_masters_that_were_switched_off_do_not_come_back(make: Callable[..., Ent
     torch.testing.assert_close(optimizer.state[p]["master"].bfloat16(), p.detach(), rtol=0, atol=0)
 
 
-def test_refused_step_changes_nothing(make: Callable[..., EntropySGD]) -> None:
+@those(lambda method: len(method.smaller) > 0)
+def test_refused_step_changes_nothing(make: Method) -> None:
     """Also not the state that a parameter has, which the refused step would have added to."""
     p, q = two_parameters()
-    optimizer = make([p, q], inner_momentum=0.0, momentum=0.0)
+    optimizer = make([p, q], **make.smaller)
     step_with(optimizer, (p, 1.0), (q, None))
     before = {role: value.clone() for role, value in optimizer.state[p].items()}
-    optimizer.param_groups[0].update(inner_momentum=0.9, momentum=0.9)
+    optimizer.param_groups[0].update(make.larger)
     q.data = torch.arange(6.0)[::2]
     q.grad = torch.ones(3)
     with pytest.raises(ValueError, match=r"^params\[1\] .*expected a dense tensor"):
@@ -418,11 +493,15 @@ def test_refused_step_changes_nothing(make: Callable[..., EntropySGD]) -> None:
     assert_equal(optimizer.state[p], before)
     assert not optimizer.state.get(q)
     assert optimizer.stats()["steps"] == 1
+    q.grad = None
+    optimizer.step()
+    assert optimizer.state[p].keys() > before.keys(), "what it would have added"
 
 
-def test_group_taken_away_leaves_the_others_their_step(make: Callable[..., EntropySGD]) -> None:
+def test_group_taken_away_leaves_the_others_their_step(make: Method) -> None:
     (p, q), (r, s) = two_parameters(), two_parameters()
-    optimizer, reference = make([{"params": [p]}, {"params": [q]}], temperature=0.0), make([r], temperature=0.0)
+    quiet = make.of({"temperature": 0.0})
+    optimizer, reference = make([{"params": [p]}, {"params": [q]}], **quiet), make([r], **quiet)
     for step in range(L + 1):
         if step == 1:
             del optimizer.param_groups[1]

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from optim_runs import METHODS, L, assert_equal, backward, small_model, snapshot, walk
+from optim_runs import METHODS, L, Method, assert_equal, backward, small_model, snapshot, those, walk
 from torch import nn
 
-from deeprelax_cuda.optim import EntropySGD
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=METHODS)
-def make(request: pytest.FixtureRequest) -> Callable[..., EntropySGD]:
+def make(request: pytest.FixtureRequest) -> Method:
     return METHODS[request.param]
 
 
-def test_gradient_that_is_still_on_its_way_is_waited_for(make: Callable[..., EntropySGD]) -> None:
+def test_gradient_that_is_still_on_its_way_is_waited_for(make: Method) -> None:
     """The result of a functional collective is a wrapper: its own address is 0."""
     distributed = torch.distributed
     distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
@@ -37,12 +36,14 @@ def test_gradient_that_is_still_on_its_way_is_waited_for(make: Callable[..., Ent
         distributed.destroy_process_group()
 
 
+@those(lambda method: method.has_anchor)
 @pytest.mark.parametrize("numel", [3, 5000])
-def test_state_whose_memory_was_exchanged(make: Callable[..., EntropySGD], numel: int) -> None:
+def test_state_whose_memory_was_exchanged(make: Method, numel: int) -> None:
     """By ``.data =``, as people move state to another device; nobody else's memory is written, whichever it was."""
     p, q = nn.Parameter(torch.ones(numel)), nn.Parameter(torch.ones(9000))
     other, another = nn.Parameter(torch.ones(numel)), nn.Parameter(torch.ones(9000))
-    optimizer, reference = make([p, q], inner_steps=100), make([other, another], inner_steps=100)
+    long = make.of({"inner_steps": 100})
+    optimizer, reference = make([p, q], **long), make([other, another], **long)
     for _ in range(4):
         for parameter in (p, q, other, another):
             parameter.grad = torch.ones_like(parameter)
@@ -64,7 +65,7 @@ def assert_equal_states(got: dict[str, Any], want: dict[str, Any]) -> None:
     assert all(torch.equal(got[role], want[role]) for role in want)
 
 
-def test_what_nobody_trains_does_not_trouble_the_step(make: Callable[..., EntropySGD]) -> None:
+def test_what_nobody_trains_does_not_trouble_the_step(make: Method) -> None:
     p, q = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
     odd = [
         nn.Parameter(torch.eye(3).to_sparse(), requires_grad=False),
@@ -88,12 +89,15 @@ def test_what_nobody_trains_does_not_trouble_the_step(make: Callable[..., Entrop
         assert torch.equal(p, q)
 
 
+SPOILT: list[tuple[str, Any]] = [("scoping", None), ("scoping", -1.0), ("gamma_min", "x"), ("seed", -1), ("seed", "x")]
+
+
 @pytest.mark.parametrize(
-    ("name", "value"), [("scoping", None), ("scoping", -1.0), ("gamma_min", "x"), ("seed", -1), ("seed", "x")]
+    ("make", "name", "value"),
+    [(method, name, value) for method in METHODS for name, value in SPOILT if name in METHODS[method].options],
+    indirect=["make"],
 )
-def test_rule_that_was_spoilt_by_hand_is_refused_before_anything_moves(
-    make: Callable[..., EntropySGD], name: str, value: Any
-) -> None:
+def test_rule_that_was_spoilt_by_hand_is_refused_before_anything_moves(make: Method, name: str, value: Any) -> None:
     model = small_model()
     optimizer = make(model.parameters())
     walk(model, optimizer, range(L - 1))
@@ -103,7 +107,7 @@ def test_rule_that_was_spoilt_by_hand_is_refused_before_anything_moves(
     with pytest.raises((ValueError, TypeError), match=f"^{name}: "):
         optimizer.step()
     assert_equal(snapshot(model, optimizer), before)
-    assert optimizer.stats() == {"steps": L - 1, "period_steps": L - 1, "outer_steps": 0}
+    assert optimizer.stats() == make.stats(L - 1)
     optimizer.param_groups[0][name] = was
     other = small_model()
     reference = make(other.parameters())
@@ -112,7 +116,8 @@ def test_rule_that_was_spoilt_by_hand_is_refused_before_anything_moves(
     assert_equal(snapshot(model, optimizer), snapshot(other, reference))
 
 
-def test_closure_that_leaves_eval_mode_behind(make: Callable[..., EntropySGD]) -> None:
+@those(lambda method: method.has_periods)
+def test_closure_that_leaves_eval_mode_behind(make: Method) -> None:
     (model, optimizer), (other, shown) = ((m := small_model(), make(m.parameters())) for _ in range(2))
     for step in range(L + 1):
         walk(model, optimizer, range(step, step + 1))
@@ -126,7 +131,7 @@ def test_closure_that_leaves_eval_mode_behind(make: Callable[..., EntropySGD]) -
         assert_equal(snapshot(other, shown), snapshot(model, optimizer))
 
 
-def test_backend_that_the_environment_names_later(make: Callable[..., EntropySGD], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backend_that_the_environment_names_later(make: Method, monkeypatch: pytest.MonkeyPatch) -> None:
     p = nn.Parameter(torch.ones(4))
     optimizer = make([p])
     p.grad = torch.ones(4)
@@ -139,7 +144,7 @@ def test_backend_that_the_environment_names_later(make: Callable[..., EntropySGD
         optimizer.step()
 
 
-def test_parameter_put_into_a_group_of_named_ones_by_hand(make: Callable[..., EntropySGD]) -> None:
+def test_parameter_put_into_a_group_of_named_ones_by_hand(make: Method) -> None:
     p, q = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
     optimizer = make([("first", p)])
     optimizer.param_groups[0]["params"].append(q)
@@ -147,7 +152,7 @@ def test_parameter_put_into_a_group_of_named_ones_by_hand(make: Callable[..., En
     optimizer.step()
     optimizer.eval()
     optimizer.train()
-    assert optimizer.state[q]
+    assert bool(optimizer.state[q]) == make.has_anchor
     q.grad = torch.ones(4, dtype=torch.float64).to(torch.float32).to_sparse()
     with pytest.raises(ValueError, match=r"^grads\[1\]"):
         optimizer.step()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from optim_runs import METHODS, ONE, Method
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import deeprelax_cuda as dr
@@ -17,25 +19,29 @@ class Louder(dr.EntropySGD):
         return super().step(closure)
 
 
-def ready(kind: type[dr.EntropySGD] = dr.EntropySGD) -> dr.EntropySGD:
+#: One method a class, and a subclass of a user's.
+KINDS = [*{method.kind: method for method in METHODS.values()}.values(), replace(METHODS[ONE], kind=Louder)]
+
+
+def ready(make: Method = METHODS[ONE]) -> Any:
     p = torch.nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
-    return kind([p], seed=0)
+    return make([p])
 
 
-@pytest.mark.parametrize("kind", [dr.EntropySGD, Louder])
-def test_a_profiler_sees_the_step_under_the_name_torch_gives_it(kind: type[dr.EntropySGD]) -> None:
-    optimizer = ready(kind)
+@pytest.mark.parametrize("make", KINDS, ids=lambda make: make.kind.__name__)
+def test_a_profiler_sees_the_step_under_the_name_torch_gives_it(make: Method) -> None:
+    optimizer = ready(make)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         optimizer.step()
     names = [event.name for event in profile.events()]
-    assert names.count(f"Optimizer.step#{kind.__name__}.step") == 1
+    assert names.count(f"Optimizer.step#{make.kind.__name__}.step") == 1
 
 
-@pytest.mark.parametrize("kind", [dr.EntropySGD, Louder])
-def test_each_hook_is_called_once_a_step(kind: type[dr.EntropySGD]) -> None:
+@pytest.mark.parametrize("make", KINDS, ids=lambda make: make.kind.__name__)
+def test_each_hook_is_called_once_a_step(make: Method) -> None:
     ready().step()  # torch has wrapped the class by now
-    optimizer, called = ready(kind), []
+    optimizer, called = ready(make), []
 
     def note(name: str) -> Any:
         return lambda hooked, args, kwargs: called.append((name, hooked, args[1:], kwargs))
@@ -57,21 +63,22 @@ def test_each_hook_is_called_once_a_step(kind: type[dr.EntropySGD]) -> None:
     assert len(called) == 4
 
 
-@pytest.mark.parametrize("kind", [dr.EntropySGD, Louder])
+@pytest.mark.parametrize("make", KINDS, ids=lambda make: make.kind.__name__)
 def test_hooks_are_called_though_a_program_replaced_the_step_of_the_class(
-    kind: type[dr.EntropySGD], monkeypatch: pytest.MonkeyPatch
+    make: Method, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As programs that log or trace do."""
-    step = dr.EntropySGD.step
+    owner = make.kind if make.kind is not Louder else dr.EntropySGD
+    step = owner.step
 
     @functools.wraps(step)
-    def traced(self: dr.EntropySGD, *args: Any, **kwargs: Any) -> Any:
+    def traced(self: Any, *args: Any, **kwargs: Any) -> Any:
         called.append("traced")
         return step(self, *args, **kwargs)
 
     called: list[str] = []
-    monkeypatch.setattr(dr.EntropySGD, "step", traced)
-    optimizer = ready(kind)
+    monkeypatch.setattr(owner, "step", traced)
+    optimizer = ready(make)
     optimizer.register_step_pre_hook(lambda *_: called.append("pre"))
     optimizer.register_step_post_hook(lambda *_: called.append("post"))
     optimizer.step()

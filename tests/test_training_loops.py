@@ -15,24 +15,26 @@ from typing import Any
 
 import pytest
 import torch
-from optim_runs import METHODS, L, assert_equal, backward, counters, small_model, snapshot
+from optim_runs import METHODS, ONE, L, Method, assert_equal, backward, counters, small_model, snapshot, those, with_options
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as lrs
 from torch.optim import swa_utils
 from torch.utils.checkpoint import checkpoint
 
 from deeprelax_cuda import derive_seed
-from deeprelax_cuda.optim import EntropySGD
+from deeprelax_cuda.optim.base import RelaxationOptimizer
 
-Run = tuple[nn.Module, EntropySGD]
+Run = tuple[nn.Module, RelaxationOptimizer]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=METHODS)
-def make(request: pytest.FixtureRequest) -> Callable[..., EntropySGD]:
+def make(request: pytest.FixtureRequest) -> Method:
     return METHODS[request.param]
 
 
-def runs(make: Callable[..., EntropySGD], count: int, dtype: torch.dtype = torch.float32, **options: Any) -> Iterator[Run]:
+def runs(make: Method, count: int, dtype: torch.dtype = torch.float32, **options: Any) -> Iterator[Run]:
     """Yield equal models, each with its optimizer."""
     for _ in range(count):
         model = small_model(dtype)
@@ -73,7 +75,7 @@ def scaled_step(run: Run, scaler: torch.amp.GradScaler, step: int, clip: float |
     scaler.update()
 
 
-def test_scale_of_a_power_of_two_changes_no_bit(make: Callable[..., EntropySGD]) -> None:
+def test_scale_of_a_power_of_two_changes_no_bit(make: Method) -> None:
     plain, scaled = runs(make, 2)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
     for step in range(3 * L + 1):
@@ -85,11 +87,9 @@ def test_scale_of_a_power_of_two_changes_no_bit(make: Callable[..., EntropySGD])
     assert not getattr(plain[1], "_step_supports_amp_scaling", False), "nobody has opted in to fused scaling"
 
 
-@pytest.mark.parametrize("kind", [{}, {"averaging": "linear"}, {"gamma_total": 3.0, "gamma_min": 0.5}], ids=str)
-@pytest.mark.parametrize("position", range(2 * L))
-def test_step_with_infinite_gradients_is_skipped_whole(
-    make: Callable[..., EntropySGD], kind: dict[str, Any], position: int
-) -> None:
+@with_options("kind", [{}, {"averaging": "linear"}])
+@pytest.mark.parametrize("position", [0, 1, L - 1, L, 2 * L - 1])
+def test_step_with_infinite_gradients_is_skipped_whole(make: Method, kind: dict[str, Any], position: int) -> None:
     plain, scaled = runs(make, 2, **kind)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     for step in range(3 * L):
@@ -106,7 +106,7 @@ def test_step_with_infinite_gradients_is_skipped_whole(
         assert_same(scaled, plain)
 
 
-def test_unscaling_before_clipping(make: Callable[..., EntropySGD]) -> None:
+def test_unscaling_before_clipping(make: Method) -> None:
     plain, scaled = runs(make, 2)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     for step in range(2 * L + 1):
@@ -117,7 +117,7 @@ def test_unscaling_before_clipping(make: Callable[..., EntropySGD]) -> None:
         assert_same(scaled, plain)
 
 
-def test_scaler_and_optimizer_resume_together(make: Callable[..., EntropySGD]) -> None:
+def test_scaler_and_optimizer_resume_together(make: Method) -> None:
     run, other = runs(make, 2)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
     for step in range(L + 1):
@@ -135,7 +135,7 @@ def test_scaler_and_optimizer_resume_together(make: Callable[..., EntropySGD]) -
         assert resumed.get_scale() == scaler.get_scale()
 
 
-def test_scaler_takes_no_closure_but_none(make: Callable[..., EntropySGD]) -> None:
+def test_scaler_takes_no_closure_but_none(make: Method) -> None:
     """torch's rule; Accelerate passes None by position."""
     scaled, plain = runs(make, 2)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
@@ -150,7 +150,7 @@ def test_scaler_takes_no_closure_but_none(make: Callable[..., EntropySGD]) -> No
     assert_same(scaled, plain)
 
 
-def test_scaler_skips_each_optimizer_for_itself(make: Callable[..., EntropySGD]) -> None:
+def test_scaler_skips_each_optimizer_for_itself(make: Method) -> None:
     (good, first), (bad, second), plain = runs(make, 3)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     for step in range(L):
@@ -171,7 +171,7 @@ def test_scaler_skips_each_optimizer_for_itself(make: Callable[..., EntropySGD])
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_accumulated_micro_batches_are_one_batch(make: Callable[..., EntropySGD], set_to_none: bool) -> None:
+def test_accumulated_micro_batches_are_one_batch(make: Method, set_to_none: bool) -> None:
     """With one gradient for all three the bits are equal; the sum over micro-batches itself rounds otherwise."""
     whole, accumulated, given = runs(make, 3)
     for step in range(2 * L + 1):
@@ -189,15 +189,13 @@ def test_accumulated_micro_batches_are_one_batch(make: Callable[..., EntropySGD]
         for _, optimizer in (whole, accumulated, given):
             optimizer.step()
         assert_same(accumulated, given)
-    assert whole[1].stats() == accumulated[1].stats() == {"steps": 2 * L + 1, "period_steps": 1, "outer_steps": 2}
+    assert whole[1].stats() == accumulated[1].stats() == make.stats(2 * L + 1)
     for p, q in zip(accumulated[0].parameters(), whole[0].parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [{}, {"maximize": True, "weight_decay": 0.1}], ids=str)
-def test_zero_grad_of_either_kind_and_gradients_that_are_left_alone(
-    make: Callable[..., EntropySGD], kind: dict[str, Any]
-) -> None:
+def test_zero_grad_of_either_kind_and_gradients_that_are_left_alone(make: Method, kind: dict[str, Any]) -> None:
     cleared, zeroed = runs(make, 2, **kind)
     for step in range(2 * L + 1):
         for (model, optimizer), set_to_none in ((cleared, True), (zeroed, False)):
@@ -222,7 +220,7 @@ CLIPPING: dict[str, Callable[[list[nn.Parameter]], Any]] = {
 
 
 @pytest.mark.parametrize("clip", CLIPPING.values(), ids=CLIPPING.keys())
-def test_clipped_gradients_are_those_of_the_step(make: Callable[..., EntropySGD], clip: Callable[..., Any]) -> None:
+def test_clipped_gradients_are_those_of_the_step(make: Method, clip: Callable[..., Any]) -> None:
     clipped, given, unclipped = runs(make, 3)
     for step in range(2 * L + 1):
         for model, _ in (clipped, unclipped):
@@ -273,7 +271,7 @@ def test_every_scheduler_of_torch_is_in_the_table() -> None:
     assert found == set(SCHEDULERS)
 
 
-def grouped_runs(make: Callable[..., EntropySGD], count: int, tensor_lr: bool = False) -> Iterator[Run]:
+def grouped_runs(make: Method, count: int, tensor_lr: bool = False) -> Iterator[Run]:
     """Yield equal models whose weights and biases have learning rates of their own."""
     for _ in range(count):
         model = small_model()
@@ -287,10 +285,19 @@ def advance(scheduler: Any, step: int) -> None:
     scheduler.step(*([(2.0, 1.5, 1.6, 1.7)[step % 4]] if plateau else []))
 
 
+#: All with one method, and with the others a warm-up from 0, one that moves the momentum too, and one that is no LRScheduler.
+SCHEDULED = [
+    (method, name)
+    for method in METHODS
+    for name in (SCHEDULERS if method == ONE else ("LambdaLR", "OneCycleLR", "ReduceLROnPlateau"))
+    if METHODS[method].takes("momentum") or name not in CYCLE_MOMENTUM
+]
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["number", "tensor"])
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_scheduler_is_setting_lr_by_hand(make: Callable[..., EntropySGD], name: str, tensor_lr: bool) -> None:
+@pytest.mark.parametrize(("make", "name"), SCHEDULED, indirect=["make"])
+def test_scheduler_is_setting_lr_by_hand(make: Method, name: str, tensor_lr: bool) -> None:
     """It moves lr, per group, and momentum where it says so; gamma, inner_lr and all else go their own way."""
     (scheduled,) = grouped_runs(make, 1, tensor_lr)
     by_hand, fixed_lr, fixed_momentum = grouped_runs(make, 3)
@@ -313,12 +320,25 @@ def test_scheduler_is_setting_lr_by_hand(make: Callable[..., EntropySGD], name: 
     assert moved == ({"lr", "momentum"} if name in CYCLE_MOMENTUM else {"lr"})
     for p, *others in zip(*(model.parameters() for model, _ in (scheduled, fixed_lr, fixed_momentum)), strict=True):
         assert [torch.equal(p, q) for q in others] == [False, "momentum" not in moved], "what has moved is in force"
-    assert scheduled[1].stats() == by_hand[1].stats() == {"steps": 5 * L, "period_steps": 0, "outer_steps": 5}
+    assert scheduled[1].stats() == by_hand[1].stats() == make.stats(5 * L)
+
+
+@those(lambda method: not method.takes("momentum"))
+@pytest.mark.parametrize("name", sorted(CYCLE_MOMENTUM))
+def test_scheduler_that_moves_a_momentum_that_is_not_there(make: Method, name: str) -> None:
+    (run,) = grouped_runs(make, 1)
+    SCHEDULERS[name](run[1])
+    before = snapshot(*run)
+    backward(run[0], 0)
+    with pytest.raises(ValueError, match=r"^momentum: .* has no such option, .*scheduler"):
+        run[1].step()
+    assert_equal(snapshot(*run), before)
+    assert run[1].stats()["steps"] == 0
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_scheduler_resumes_with_the_optimizer(make: Callable[..., EntropySGD], name: str) -> None:
+@pytest.mark.parametrize(("make", "name"), SCHEDULED, indirect=["make"])
+def test_scheduler_resumes_with_the_optimizer(make: Method, name: str) -> None:
     run, other = grouped_runs(make, 2)
     scheduler = SCHEDULERS[name](run[1])
     for step in range(L + 2):
@@ -338,7 +358,7 @@ def test_scheduler_resumes_with_the_optimizer(make: Callable[..., EntropySGD], n
 
 
 @pytest.mark.filterwarnings("error")
-def test_scheduler_beside_a_scaler_and_evaluations(make: Callable[..., EntropySGD]) -> None:
+def test_scheduler_beside_a_scaler_and_evaluations(make: Method) -> None:
     """A skipped step still advances the scheduler, as with torch's optimizers; nothing warns."""
     run, by_hand = runs(make, 2, lr=0.4)
     scheduler, scaler = lrs.ExponentialLR(run[1], gamma=0.9), torch.amp.GradScaler("cpu", init_scale=4.0)
@@ -354,11 +374,11 @@ def test_scheduler_beside_a_scaler_and_evaluations(make: Callable[..., EntropySG
         scheduler.step()
 
 
-def test_averaged_model_beside_it(make: Callable[..., EntropySGD]) -> None:
-    """Taken in eval mode, the average is that of the anchors; the training does not notice."""
+def test_averaged_model_beside_it(make: Method) -> None:
+    """Taken in eval mode, the average is that of the anchors, if there are any; the training does not notice."""
     alone, run = runs(make, 2)
     averaged = swa_utils.AveragedModel(run[0])
-    anchors: list[list[Tensor]] = []
+    shown: list[list[Tensor]] = []
     for step in range(4 * L):
         for model, optimizer in (alone, run):
             backward(model, step)
@@ -366,10 +386,10 @@ def test_averaged_model_beside_it(make: Callable[..., EntropySGD]) -> None:
         if step % 2:
             run[1].eval()
             averaged.update_parameters(run[0])
-            anchors.append([run[1].state[p]["anchor"].clone() for p in run[0].parameters()])
+            shown.append([(run[1].state[p]["anchor"] if make.has_periods else p.detach()).clone() for p in run[0].parameters()])
             run[1].train()
         assert_same(run, alone)
-    for p, *seen in zip(averaged.parameters(), *anchors, strict=True):
+    for p, *seen in zip(averaged.parameters(), *shown, strict=True):
         torch.testing.assert_close(p.detach(), torch.stack(seen).mean(0))
     loader = [batch(step) for step in range(2)]
     swa_utils.update_bn(loader, averaged)
@@ -386,7 +406,12 @@ def assert_as_with_its_gradients(run: Run, given: Run) -> None:
     assert_same(run, given)
 
 
-COMPILERS = ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+#: What a compiler sees of the optimizer is a step that breaks the graph, whichever method's.
+COMPILED = [
+    *((method, "eager") for method in METHODS),
+    (ONE, "aot_eager"),
+    pytest.param(ONE, "inductor", marks=pytest.mark.slow),
+]
 
 
 @pytest.fixture
@@ -398,8 +423,8 @@ def compiler(request: pytest.FixtureRequest) -> Iterator[str]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("compiler", COMPILERS, indirect=True)
-def test_compiled_model_with_a_step_outside(make: Callable[..., EntropySGD], compiler: str) -> None:
+@pytest.mark.parametrize(("make", "compiler"), COMPILED, indirect=True)
+def test_compiled_model_with_a_step_outside(make: Method, compiler: str) -> None:
     (model, optimizer), given = runs(make, 2)
     compiled = torch.compile(model, backend=compiler)
     for step in range(2 * L + 1):
@@ -410,8 +435,8 @@ def test_compiled_model_with_a_step_outside(make: Callable[..., EntropySGD], com
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compiler", COMPILERS, indirect=True)
-def test_compiled_training_step_with_the_optimizer_inside(make: Callable[..., EntropySGD], compiler: str) -> None:
+@pytest.mark.parametrize(("make", "compiler"), COMPILED, indirect=True)
+def test_compiled_training_step_with_the_optimizer_inside(make: Method, compiler: str) -> None:
     """The step breaks the graph: most of it runs as plain Python, and all of it beyond the limit of recompilations."""
     (model, optimizer), given = runs(make, 2)
 
@@ -430,7 +455,7 @@ def test_compiled_training_step_with_the_optimizer_inside(make: Callable[..., En
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["eager"], indirect=True)
-def test_compiled_step_method(make: Callable[..., EntropySGD], compiler: str) -> None:
+def test_compiled_step_method(make: Method, compiler: str) -> None:
     """``torch.compile(optimizer.step)`` computes the same; as one graph it is refused, and nothing has moved."""
     run, given = runs(make, 2)
     backward(run[0], 0)
@@ -449,7 +474,7 @@ def test_compiled_step_method(make: Callable[..., EntropySGD], compiler: str) ->
 # Precision, memory, sharing.
 
 
-def test_autocast_leaves_float32_training_to_the_optimizer(make: Callable[..., EntropySGD]) -> None:
+def test_autocast_leaves_float32_training_to_the_optimizer(make: Method) -> None:
     (model, optimizer), given = runs(make, 2)
     for step in range(2 * L + 1):
         optimizer.zero_grad()
@@ -459,13 +484,14 @@ def test_autocast_leaves_float32_training_to_the_optimizer(make: Callable[..., E
         output.float().square().mean().backward()
         optimizer.step()
         assert_as_with_its_gradients((model, optimizer), given)
-    assert {t.dtype for t in snapshot(model, optimizer).values()} == {torch.float32}
+    found = {name: t.dtype for name, t in snapshot(model, optimizer).items() if not name.endswith(" period_steps")}
+    assert set(found.values()) == {torch.float32}
 
 
 @pytest.mark.parametrize("kind", [{}, {"rounding": "stochastic"}, {"master_weights": True}], ids=str)
-def test_bfloat16_model_has_float32_state(make: Callable[..., EntropySGD], kind: dict[str, Any]) -> None:
+def test_bfloat16_model_has_float32_state(make: Method, kind: dict[str, Any]) -> None:
     model = small_model().to(torch.bfloat16)
-    optimizer = make(model.parameters(), temperature=0.0, **kind)
+    optimizer = make(model.parameters(), **make.of({"temperature": 0.0}), **kind)
     losses = []
     for _ in range(10 * L):
         optimizer.zero_grad()
@@ -475,11 +501,13 @@ def test_bfloat16_model_has_float32_state(make: Callable[..., EntropySGD], kind:
     assert losses[-1] < 0.5 * losses[0]
     for p in model.parameters():
         assert p.dtype == p.grad.dtype == torch.bfloat16
-        assert {t.dtype for t in optimizer.state[p].values()} == {torch.float32}
+        roles = optimizer.state[p].keys() - {"period_steps"}
+        assert {optimizer.state[p][role].dtype for role in roles} <= {torch.float32}
+        assert set(make.roles) <= roles
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing(make: Callable[..., EntropySGD], use_reentrant: bool) -> None:
+def test_activation_checkpointing(make: Method, use_reentrant: bool) -> None:
     plain, checkpointed = runs(make, 2)
     for step in range(2 * L + 1):
         x = batch(step).requires_grad_()
@@ -491,7 +519,7 @@ def test_activation_checkpointing(make: Callable[..., EntropySGD], use_reentrant
         assert_same(checkpointed, plain)
 
 
-def test_tied_weights_take_one_step(make: Callable[..., EntropySGD]) -> None:
+def test_tied_weights_take_one_step(make: Method) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Tanh(), nn.Linear(4, 4, bias=False))
     model[2].weight = model[0].weight
@@ -506,10 +534,11 @@ def test_tied_weights_take_one_step(make: Callable[..., EntropySGD]) -> None:
         reference.step()
         assert torch.equal(model[0].weight, alone)
         assert model[2].weight is model[0].weight
-        assert torch.equal(optimizer.state[model[0].weight]["anchor"], reference.state[alone]["anchor"])
+        for role in make.roles:
+            assert torch.equal(optimizer.state[model[0].weight][role], reference.state[alone][role])
 
 
-def test_second_backward_through_a_retained_graph_sees_the_step(make: Callable[..., EntropySGD]) -> None:
+def test_second_backward_through_a_retained_graph_sees_the_step(make: Method) -> None:
     """Before the step a second backward adds its gradients; after it autograd refuses: the weights it saved have moved."""
     (model, optimizer), given = runs(make, 2)
     loss = loss_of(model, batch(0))
@@ -524,12 +553,12 @@ def test_second_backward_through_a_retained_graph_sees_the_step(make: Callable[.
         loss.backward()
 
 
-def in_backward(model: nn.Module, make: Callable[..., EntropySGD]) -> list[EntropySGD]:
+def in_backward(model: nn.Module, make: Method) -> list[RelaxationOptimizer]:
     """Give each parameter an optimizer, which steps as soon as the gradient is there and frees it."""
     optimizers = [make([p], seed=derive_seed(11, i)) for i, p in enumerate(model.parameters())]
     for p, optimizer in zip(model.parameters(), optimizers, strict=True):
 
-        def hook(_: Tensor, optimizer: EntropySGD = optimizer) -> None:
+        def hook(_: Tensor, optimizer: RelaxationOptimizer = optimizer) -> None:
             optimizer.step()
             optimizer.zero_grad()
 
@@ -537,7 +566,7 @@ def in_backward(model: nn.Module, make: Callable[..., EntropySGD]) -> list[Entro
     return optimizers
 
 
-def test_optimizers_in_the_backward_pass(make: Callable[..., EntropySGD]) -> None:
+def test_optimizers_in_the_backward_pass(make: Method) -> None:
     model, other = small_model(), small_model()
     optimizers = in_backward(model, make)
     after = [make([p], seed=derive_seed(11, i)) for i, p in enumerate(other.parameters())]
@@ -554,7 +583,8 @@ def test_optimizers_in_the_backward_pass(make: Callable[..., EntropySGD]) -> Non
     assert optimizers[0].stats()["steps"] == 2 * L + 1
 
 
-def test_optimizers_of_one_program_draw_their_own_noise(make: Callable[..., EntropySGD]) -> None:
+@those(lambda method: method.takes("temperature"))
+def test_optimizers_of_one_program_draw_their_own_noise(make: Method) -> None:
     """With derived seeds; with one seed the first parameter of each draws the same numbers."""
 
     def drift(seed: int) -> Tensor:

@@ -343,7 +343,7 @@ class RelaxationOptimizer(Method):
         """Count the step that has been taken; at the end of a period gamma follows its rule and a new period starts."""
         for call, *_ in launches:
             if (count := call.count) is not None and (held := call.period_steps) is not None:
-                held.fill_(min(count, 0) if outer else count)
+                held.fill_(0 if outer else count)
         for group in self.param_groups:
             group["step"] += 1
             group["position"] += 1

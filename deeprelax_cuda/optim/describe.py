@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from deeprelax_cuda.optim.clocks import in_numbers
 from deeprelax_cuda.optim.constants import Momentum, half_life, half_ulp, momentum_gain, steps_until_below
@@ -295,7 +296,8 @@ def _look(optimizer: RelaxationOptimizer, group: dict[str, Any], roles_of: dict[
 
 def rms(tensors: Sequence[Tensor]) -> float:
     """Return the root mean square of all elements together; 0 where there are none."""
-    readable = [t for t in tensors if t.layout == torch.strided and t.is_floating_point() and not t.is_meta and t.numel()]
+    there = [t for t in tensors if not is_lazy(t) and not t.is_meta]
+    readable = [t for t in there if t.layout == torch.strided and t.is_floating_point() and t.numel()]
     wide = [torch.float32 if t.device.type == "mps" else torch.float64 for t in readable]  # the former has no float64
     norms = [float(torch.linalg.vector_norm(t, dtype=dtype)) for t, dtype in zip(readable, wide, strict=True)]
     if not all(map(math.isfinite, norms)):
