@@ -89,6 +89,16 @@ def test_the_ratio_is_that_of_what_is_descended(options: dict[str, Any]) -> None
     assert optimizer.stats()["contraction"] == pytest.approx(abs(factor(None, 5, 0.3 * h)), rel=1e-9)
 
 
+def test_the_ratio_is_that_of_the_masters() -> None:
+    """Of narrow weights the decay takes the exact ones; the others stay where they are before the residuals are this small."""
+    p = nn.Parameter(torch.linspace(1.0, 2.0, 9).bfloat16())
+    optimizer = HamiltonJacobi([p], **{**STILL, "inner_steps": 15, "gamma": 0.3, "weight_decay": 1.0, "master_weights": True})
+    for _ in range(15):
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+    assert optimizer.stats()["contraction"] == pytest.approx(abs(factor(None, 15, 0.3)), rel=1e-3)
+
+
 def residual_ratio(params: Sequence[Tensor], gamma: float, a: float, length: int, slope: Callable[..., Tensor]) -> float:
     """|d - p| of the last step of a period over that of the step before, by the formulas alone."""
     sizes = []
@@ -214,6 +224,24 @@ def test_the_gamma_of_the_measured_period_is_the_one_said() -> None:
     assert "contract at gamma=0.045, noise" in said
 
 
+def test_another_gamma_is_judged_by_its_own_periods() -> None:
+    p = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = HamiltonJacobi([p], **{**STILL, "inner_steps": 5, "gamma": 0.2, "averaging": "last"})
+    said = []
+    for period in range(36):
+        if period == 32:
+            optimizer.param_groups[0]["gamma"] = 6.0
+        for _ in range(5):
+            p.grad = p.detach().clone()
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                optimizer.step()
+            said += [(period, str(w.message)) for w in caught]
+    assert len(said) == 1
+    assert said[0][0] <= 34
+    assert "at gamma=6: |d - p| grows 6 times an inner step" in said[0][1]
+
+
 # ---- Noise -------------------------------------------------------------------------------------------------------------------
 
 
@@ -333,6 +361,10 @@ def test_nothing_finite_and_nothing_at_all_are_no_ratio() -> None:
         p.grad = p.detach().clone()
         optimizer.step()
     assert optimizer.stats()["contraction"] == pytest.approx(abs(factor(None, 3, 0.5)), rel=1e-9)
+    for value in (1.0, 2.0, math.inf):
+        p.grad = torch.full_like(p, value)
+        optimizer.step()
+    assert math.isnan(optimizer.stats()["contraction"]), "neither what was measured nor that of a period before"
 
 
 @pytest.mark.parametrize("when", ["consolidate_", "reset_anchors_", "reload"])
