@@ -1,4 +1,4 @@
-# make demo   train EntropySGD beside SGD on data bundled with scikit-learn
+# make demo   train the methods beside SGD on data bundled with scikit-learn
 # make test   everything that needs no GPU (make test-quick: without the slow tests)
 # make lint   ruff, mypy, clang-format
 # Each target makes its own virtual environment in .venv, installs pinned versions and builds the package. Needs Python >= 3.10;
@@ -7,19 +7,21 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(shell find csrc deeprelax_cuda triton_kernels bench -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.json') \
 	CMakeLists.txt setup.py pyproject.toml
+# A process for each core, and each file in one process: what a file has built is then built once.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 NATIVE := $(shell find csrc tests/cpp examples -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
 .PHONY: demo test test-quick test-cpp bench lint format clean
 
 demo: .venv/installed
 	rm -rf runs/demo
-	$(BIN)/deeprelax train --data digits --method sgd entropy-sgd --out runs/demo
+	$(BIN)/deeprelax train --data digits --method sgd entropy-sgd controlled-sgd hj heat --out runs/demo
 
 test: .venv/installed lint test-cpp
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
 test-quick: .venv/installed
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest $(PARALLEL) -m "not slow"
 
 test-cpp: .venv/environment
 	$(BIN)/cmake -S . -B build/cpp -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -DDEEPRELAX_BUILD_CUDA=0

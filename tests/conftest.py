@@ -23,6 +23,11 @@ if importlib.util.find_spec("deeprelax_cuda.triton_kernels") is None:
     source_package("triton_kernels")
 
 
+# Test processes side by side share the cores.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:

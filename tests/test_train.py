@@ -357,10 +357,28 @@ def test_rehearsal_takes_no_curves_and_knows_the_data() -> None:
 
 @pytest.mark.slow
 def test_the_methods_learn_digits() -> None:
-    comparison = compare.rehearse(settings(seeds=(0, 1, 2, 3, 4), epochs=30), DIGITS)
+    comparison = compare.rehearse(settings(seeds=(0, 1), epochs=30), DIGITS)
     compare.compare(comparison, DIGITS, quiet=True)
     finals = {name: [c.validation[-1] for c in trained.curves.values()] for name, trained in comparison.methods.items()}
     assert all(error < 4.0 for errors in finals.values() for error in errors), finals
+
+
+def test_controlled_sgd_takes_the_length_of_the_run_for_its_time() -> None:
+    made = settings(methods=("controlled-sgd",), epochs=3, options={"controlled-sgd": {"inner_lr": 0.05, "gamma_min": 0.5}})
+    run = compare.build("controlled-sgd", 0, made, DIGITS)
+    total = 0.5 + 3 * PER_EPOCH * 0.05
+    assert run.optimizer.defaults["gamma_total"] == pytest.approx(total)
+    for _ in run.steps(Progress(), lambda: None):
+        pass
+    group = run.optimizer.param_groups[0]
+    assert group["outer_steps"] == 3 * PER_EPOCH // 20
+    assert group["gamma"] == pytest.approx(total - group["outer_steps"] * 20 * 0.05)
+    given = settings(methods=("controlled-sgd",), options={"controlled-sgd": {"gamma_total": 7.0}})
+    assert compare.build("controlled-sgd", 0, given, DIGITS).optimizer.defaults["gamma_total"] == 7.0
+
+
+def test_every_method_is_compared_by_the_tests_of_training() -> None:
+    assert set(METHODS) == set(methods.METHODS)
 
 
 @pytest.mark.parametrize("hooked", [False, True])

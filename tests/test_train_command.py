@@ -18,6 +18,7 @@ from train_runs import PER_EPOCH, rows_of
 import deeprelax_cuda as dr
 from deeprelax_cuda.cli import main
 from deeprelax_cuda.machine import versions
+from deeprelax_cuda.train import methods
 
 METHODS = ("sgd", "entropy-sgd")
 FILES = ["curves.png", "result.json", "seconds.json", "table.txt"]
@@ -146,6 +147,14 @@ def test_a_run_that_diverges_is_reported_as_such(tmp_path: Path, capsys: pytest.
 # What is refused.
 
 
+def test_all_methods_at_once_make_one_table_and_one_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "all"
+    assert main(["train", "--method", "all", "--seeds", "0", "--epochs", "1", "--quiet", "--out", str(folder)]) == 0
+    heads = capsys.readouterr().out.splitlines()[2].split()
+    assert heads == list(methods.METHODS) == list(json.loads((folder / "result.json").read_text())["methods"])
+    assert sorted(path.name for path in folder.iterdir()) == FILES
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -159,6 +168,8 @@ def test_a_run_that_diverges_is_reported_as_such(tmp_path: Path, capsys: pytest.
         (["--checkpoint-every", "inf"], "--checkpoint-every: expected a finite number, got inf"),
         (["--seeds", "-1"], "--seeds: expected a whole number in [0, 2**64), got -1"),
         (["--seeds", "1", "1"], "--seeds: expected each only once, got 1 1"),
+        (["--method", "all", "sgd"], "--method: all stands for every method, got it with sgd"),
+        (["--method", "hj", "--temperature", "1"], "--temperature: not an option of hj"),
         (["--method", "sgd", "sgd"], "--method: expected each only once, got sgd sgd"),
         (["--batch-size", "2000"], "--batch-size: 2000 is more than the 1257 training examples"),
         (["--method", "sgd", "--gamma", "10"], "--gamma: not an option of sgd"),

@@ -9,7 +9,8 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from contract_cases import TRITON
+from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import deeprelax_cuda as dr
@@ -277,18 +279,29 @@ def test_warming_up_an_optimizer_takes_its_own_steps_and_leaves_it_alone(options
     assert cold[-1]["param_groups"] == warm[-1]["param_groups"]
 
 
-@pytest.mark.parametrize("averaging", [0.75, "linear"])
-def test_an_optimizer_is_warmed_up_for_all_its_kinds_of_steps(averaging: Any, steps: list[Any]) -> None:
+MAKERS: dict[str, Callable[..., Optimizer]] = {
+    "EntropySGD": partial(dr.EntropySGD, inner_steps=4),
+    "averaging linear": partial(dr.EntropySGD, averaging="linear", inner_steps=4),
+    "HamiltonJacobi": dr.HamiltonJacobi,
+    "averaging last": partial(dr.HamiltonJacobi, averaging="last"),
+    "prox": partial(dr.HamiltonJacobi, inner="prox"),
+    "HeatSGD": dr.HeatSGD,
+    "two steps": partial(dr.HeatSGD, inner_steps=2),
+    "SGLD": partial(dr.SGLD, lr=0.1, temperature=1e-3),
+}
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_an_optimizer_is_warmed_up_for_all_its_kinds_of_steps(make: Callable[..., Optimizer], steps: list[Any]) -> None:
     def kinds() -> set[Any]:
-        return {(t.params[0].dtype, s.outer, s.a == 1.0, s.wd != 0.0) for t, s in steps}
+        return {(t.params[0].dtype, s.outer, s.a == 0.0, s.a == 1.0, s.s != 0.0, s.c != 0.0, s.wd != 0.0) for t, s in steps}
 
     params = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))]
-    groups = [{"params": params[:1]}, {"params": params[1:], "weight_decay": 0.1}]
-    opt = dr.EntropySGD(groups, seed=0, averaging=averaging, inner_steps=4)
+    opt = make([{"params": params[:1]}, {"params": params[1:], "weight_decay": 0.1}], seed=0)
     backends.warm_up(opt)
     warmed = kinds()
     steps.clear()
-    for _ in range(9):
+    for _ in range(11):
         for p in params:
             p.grad = torch.ones_like(p)
         opt.step()
@@ -303,7 +316,7 @@ def test_a_learning_rate_that_begins_at_zero_is_warmed_up_alike(steps: list[Any]
         steps.clear()
         backends.warm_up(opt)
         kinds.append([(s.outer, s.a == 1.0) for _, s in steps])
-    assert kinds[0] == kinds[1] == [(False, True), (False, False), (True, False)]
+    assert kinds[0] == kinds[1] == [(False, True), (False, False), (False, False), (True, False)]
 
 
 def test_warming_up_calls_nothing_of_the_user() -> None:

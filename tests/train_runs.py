@@ -16,7 +16,7 @@ from deeprelax_cuda.train import compare, loop  # noqa: E402
 from deeprelax_cuda.train.data import Data  # noqa: E402
 from deeprelax_cuda.train.schedules import Schedule  # noqa: E402
 
-METHODS = ("sgd", "sgd-ema", "entropy-sgd")
+METHODS = ("sgd", "sgd-ema", "entropy-sgd", "controlled-sgd", "hj", "hj-prox", "heat", "sgld")
 PER_EPOCH = 39  # digits: 1,257 images in full batches of 32
 TIMED = ("seconds", "parts")
 

@@ -1,15 +1,11 @@
-"""The loop that every method shares: one step() is one inner step; every inner_steps-th moves the anchor too.
-
-A method adds its defaults, its checks, and how the options of a group become the numbers of its inner step.
-"""
+"""The loop that every method shares: one step() is one inner step; every inner_steps-th moves the anchor too."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,25 +13,19 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from deeprelax_cuda import backends
-from deeprelax_cuda.clock import COUPLED, Clock, Law, follows
+from deeprelax_cuda.clock import Clock, follows
 from deeprelax_cuda.noise import check_seed, check_step
 from deeprelax_cuda.optim import captures
 from deeprelax_cuda.optim.clocks import Clocks, counts_in_numbers, device_of, in_numbers
-from deeprelax_cuda.optim.describe import GRADIENT_LEGEND, LEGEND, Notes, Seen, describe, gamma_notes, outer_notes
+from deeprelax_cuda.optim.describe import describe
 from deeprelax_cuda.optim.launches import Call, Launch, Launches, Needs
-from deeprelax_cuda.optim.options import (
-    ABSENT,
-    check_gamma_rule,
-    check_loop_options,
-    resolve_seed,
-    select_backend,
-    warn_user,
-)
+from deeprelax_cuda.optim.method import Method
+from deeprelax_cuda.optim.options import ABSENT, check_gamma_rule, resolve_seed, select_backend, warn_user
 from deeprelax_cuda.optim.rehearsal import rehearse
 from deeprelax_cuda.optim.scoping import gamma_of
 from deeprelax_cuda.optim.watched import watched
-from deeprelax_cuda.optim.weights import CONTRACT_VERSION, TwoWeights
-from deeprelax_cuda.steps import NARROW, Family, Scalars, check_rounding, round_scalar
+from deeprelax_cuda.optim.weights import CONTRACT_VERSION
+from deeprelax_cuda.steps import Scalars, check_rounding, round_scalar
 
 #: The optimizer's one counter, the same in every group: inner steps taken, of them in this period, and outer steps taken.
 COUNTERS = ("step", "position", "outer_steps")
@@ -43,37 +33,12 @@ COUNTERS = ("step", "position", "outer_steps")
 NAMES = {"k": "1/gamma", "c": "gamma", "s": "noise std", "eta": "lr", "lr": "lr"}
 
 
-class RelaxationOptimizer(TwoWeights):
+class RelaxationOptimizer(Method):
     """What Entropy-SGD and its family have in common; see `torch.optim.Optimizer` for the rest.
 
     A param group holds the options, the counters `COUNTERS`, the current ``gamma``, its initial value and the ``seed``: plain
     numbers, so that they are saved and loaded with everything else. The state of a parameter is created at its first gradient.
     """
-
-    #: Options that are equal in all groups, because there is one counter and one stream of noise.
-    SHARED: ClassVar[tuple[str, ...]] = (
-        "inner_steps",
-        "seed",
-        "backend",
-        "rounding",
-        "master_weights",
-        "closure_mode",
-        "capturable",
-        "foreach",
-        "fused",
-        "differentiable",
-    )
-    #: Of the options in `options.ABSENT`, those that the method has not.
-    WITHOUT: ClassVar[tuple[str, ...]] = ()
-    #: The interval of gamma; without inf, where the formula has gamma itself and not its reciprocal.
-    GAMMAS: ClassVar[str] = "(0, inf]"
-    #: An lr below this leaves the anchor where it is; it is what trainers pass to other optimizers.
-    SMALLEST_USEFUL_LR: ClassVar[float] = 0.01
-    #: What lr is, in words: to who describes it, and to who has set it too low.
-    OUTER_STEP: ClassVar[str] = "lr, the part of the way from x to m that an outer step goes"
-    LR: ClassVar[str] = (
-        "the part of the way to the average that each outer step goes, 0.1 to 1; the step along the gradient is inner_lr"
-    )
 
     def __init__(self, params: ParamsT, options: dict[str, Any]) -> None:
         self._forget()
@@ -236,7 +201,10 @@ class RelaxationOptimizer(TwoWeights):
 
     @property
     def at_outer_boundary(self) -> bool:
-        """Whether the anchor has just moved: the parameters hold it, and a new period starts with the next step."""
+        """Whether the anchor has just moved, and a new period starts with the next step.
+
+        The parameters hold the anchor then, but for those of `deeprelax_cuda.HeatSGD`, which are always perturbed.
+        """
         first = self.param_groups[0]
         return bool(first["step"] > 0 and first["position"] == 0)
 
@@ -291,53 +259,6 @@ class RelaxationOptimizer(TwoWeights):
                 )
                 return
 
-    # What a method adds.
-
-    @abstractmethod
-    def _inner_scalars(self, group: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-        """Return the inner step's part of `Scalars`, rounded, but for what the method's law says."""
-
-    def _family(self, group: dict[str, Any]) -> Family:
-        """Return the family of the inner steps."""
-        return "langevin"
-
-    def _law(self, group: dict[str, Any]) -> Law:
-        """Return what gamma, lr and the steps of a period are in the formula."""
-        return COUPLED
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        """Refuse an option of a new group, complete with defaults, by its name; a method checks its own besides."""
-        check_loop_options(group, self.METHOD, self.WITHOUT, self.GAMMAS)
-
-    def _roles(self, group: dict[str, Any], dtype: torch.dtype) -> list[str]:
-        """Return the names of the state that a parameter needs; a method adds its own."""
-        counted = self._family(group) == "gradient_average"
-        roles = ["anchor", *(("gradient_average", "period_steps") if counted else ("average",))]
-        if group["momentum"] != 0.0:
-            roles.append("outer_momentum")
-        if group["master_weights"] and dtype in NARROW:
-            roles.append("master")
-        return roles
-
-    def _legend(self, group: dict[str, Any]) -> str:
-        """Return what the letters of `describe` stand for."""
-        return LEGEND if self._family(group) == "langevin" else GRADIENT_LEGEND
-
-    def _has_begun(self) -> None:
-        """Do what the first step of this object has to do, its state made; most methods have nothing to do."""
-
-    def _observe(self, launches: list[Launch]) -> None:
-        """Look at the gradients and the state that a step is about to be taken on; most methods do not."""
-
-    def _moved_anchor(self) -> None:
-        """Say what the values that follow the outer steps have come to; most methods have nothing to say."""
-
-    def _notes(self, group: dict[str, Any], seen: Seen) -> Notes:
-        """Return what `describe` says of a group; a method puts its inner loop before."""
-        return gamma_notes(group) + outer_notes(group, self.OUTER_STEP, self.LR, self.SMALLEST_USEFUL_LR)
-
-    # The loop.
-
     def _check_shared(self, first: dict[str, Any], group: dict[str, Any], index: int) -> None:
         for name in self.SHARED:
             if group[name] != first[name]:
@@ -387,9 +308,6 @@ class RelaxationOptimizer(TwoWeights):
                 name = select_backend(group, device_of(group, self.param_groups), torch.float32).name
                 self._clocks.count_alone(self.param_groups, index, name)
         return clocks
-
-    def _start_period_on_device(self) -> None:
-        """Do to the state what the first step of a period needs, where the device is at one; most methods need nothing."""
 
     def _scalars(self, call: Call, outer: bool) -> Scalars:
         """Return the numbers of a call; with a clock those that it brings itself are left open."""

@@ -34,15 +34,18 @@ NEAR = 0.05
 
 
 class _Residual(NamedTuple):
-    """d - p of the parameters of these numbers; the gammas are those of the groups."""
+    """d - p of the parameters of these numbers, launch by launch; the gammas are those of the groups."""
 
     numbers: list[int]
-    parts: list[Tensor]
+    parts: list[list[Tensor]]
     gammas: list[float]
 
-    def dot(self, other: _Residual) -> float:
-        pairs = zip(self.parts, other.parts, strict=True)
-        return sum(float(torch.dot(a.flatten(), b.flatten())) for a, b in pairs)
+    def square(self, other: _Residual | None = None) -> float:
+        """Return |r|^2, or |r + r'|^2 with another residual: the host waits once a launch."""
+        parts = self.parts
+        if other is not None:
+            parts = [list(torch._foreach_add(a, b)) for a, b in zip(self.parts, other.parts, strict=True)]
+        return sum(float(torch.stack(torch._foreach_norm(part)).double().square().sum()) for part in parts)
 
 
 def noise_growth(a: float, length: int) -> float:
@@ -70,18 +73,19 @@ class Contraction:
     def measure(self, launches: Sequence[Launch], groups: Sequence[dict[str, Any]]) -> None:
         """Take the residual of a step that is about to be taken; the numbers stay on their device."""
         numbers: list[int] = []
-        parts: list[Tensor] = []
+        parts: list[list[Tensor]] = []
         for call, grads, _ in launches:
             if not call.bucket.inner or (call.count or 0) < 2:  # before the first gradient of a period p is none of its own
                 continue
             group, compute = groups[call.bucket.group], compute_type(call.bucket.dtype)
-            for p, g, own in zip(call.bucket.params, grads, call.states, strict=True):
-                d = g.to(compute, copy=True)
-                if group["maximize"]:
-                    d.neg_()
-                if group["weight_decay"]:
-                    d += group["weight_decay"] * own.get("master", p)
-                parts.append(d.sub_(own["gradient_average"]))
+            residual = [g.to(compute, copy=True) for g in grads]
+            if group["maximize"]:
+                torch._foreach_neg_(residual)
+            if group["weight_decay"]:
+                weights = [own.get("master", p).to(compute) for p, own in zip(call.bucket.params, call.states, strict=True)]
+                torch._foreach_add_(residual, weights, alpha=group["weight_decay"])
+            torch._foreach_sub_(residual, [own["gradient_average"] for own in call.states])
+            parts.append(residual)
             numbers += call.bucket.numbers
         self._earlier, self._later = self._later, _Residual(numbers, parts, [float(group["gamma"]) for group in groups])
 
@@ -93,7 +97,7 @@ class Contraction:
         earlier, later, self._earlier, self._later, self.last = self._earlier, self._later, None, None, math.nan
         if earlier is None or later is None or earlier.numbers != later.numbers:
             return None
-        before, after, both = earlier.dot(earlier), later.dot(later), earlier.dot(later)
+        before, after = earlier.square(), later.square()
         if not (before > 0.0 and after > 0.0 and math.isfinite(before + after)):
             return None
         self.last, gamma = math.sqrt(after / before), later.gammas[0]
@@ -104,10 +108,11 @@ class Contraction:
         self._chance = math.log(noise_growth(max(weights), length))
         if not self.grows():
             return None
+        turned = earlier.square(later) < before + after
         # Residuals that turn round grow by a*(1 + gamma*h) - 1, which a curvature h > 0 does; others by 1 - a*(1 + gamma*h).
         # Which group's they are is not known.
         ratio = self.mean()
-        part = MARGIN * min((2.0 - a) / (1.0 + ratio - a) if both < 0.0 else a / (ratio - 1.0 + a) for a in weights)
+        part = MARGIN * min((2.0 - a) / (1.0 + ratio - a) if turned else a / (ratio - 1.0 + a) for a in weights)
         remedy = f"gamma={suggestion(part * gamma)}" if len(set(later.gammas)) == 1 else f"{number(part)} times every gamma"
         return (
             f"check_contraction: the fixed point does not contract at gamma={number(gamma)}: |d - p| grows {number(ratio)} "

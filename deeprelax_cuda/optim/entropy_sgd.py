@@ -29,9 +29,15 @@ class EntropySGD(RelaxationOptimizer):
         outer   d = x - m + outer_weight_decay*x;   w = momentum*w + d
                 x = x - lr*(d + momentum*w);   m = y = x
 
-    Between steps the parameters hold y. The answer is x: `eval` shows it, `train` brings y back. A step costs one gradient
-    evaluation. The noise z is a function of (seed, step, parameter, element): no generator is read, and every backend on every
-    device takes the same steps bit for bit.
+    Between steps the parameters hold y. The answer is x: `eval` shows it, `train` brings y back. The noise z is a function of
+    (seed, step, parameter, element): no generator is read, and every backend on every device takes the same steps bit for bit.
+
+    * PDE: viscous Hamilton-Jacobi, u_t = -|grad u|^2/2 + T/2 Lap u at t = gamma, u = f at t = 0. With ``gamma_total`` its time
+      runs backwards, which is the controlled SGD of the paper: gamma is the time that is left of the run.
+    * Noise of a step: standard deviation sqrt(2*inner_lr*T).
+    * Cost: one gradient evaluation a step, ``inner_steps`` of them an outer step.
+    * When: to train, and if in doubt: the average takes out the noise of minibatches, and wide valleys win over narrow ones of
+      the same depth. With ``gamma_total`` where the length of the run is known and ``scoping`` would have to be tuned.
 
     Args:
         params: as for every `torch.optim.Optimizer`: tensors, named tensors or groups; float32, float64, bfloat16 or float16.
@@ -43,7 +49,7 @@ class EntropySGD(RelaxationOptimizer):
         scoping: after n outer steps gamma is ``max(gamma_min, gamma / (1 + scoping)**n)``. 0: gamma stays.
         gamma_min: the floor of gamma. Keep 1/gamma well under 1/inner_lr: a stiffer coupling makes the inner steps diverge,
             which is warned of once when scoping gets there.
-        gamma_total: the other rule, time reversal: gamma is ``max(gamma_min, gamma_total - n*inner_steps*inner_lr)``, with the
+        gamma_total: the other rule, controlled SGD: gamma is ``max(gamma_min, gamma_total - n*inner_steps*inner_lr)``, with the
             initial inner_lr. It needs ``0 < gamma_min < gamma_total``; ``gamma`` and ``scoping`` are then ignored.
         temperature: T, so that the noise of an inner step has the standard deviation sqrt(2*inner_lr*T) and y samples
             exp(-V/T) for V = f + |y - x|^2/(2 gamma), exactly so for inner_momentum 0 and small inner_lr.

@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from deeprelax_cuda.clock import COUPLED, Law
 from deeprelax_cuda.optim.base import RelaxationOptimizer
 from deeprelax_cuda.optim.contraction import SHORTEST, Contraction
-from deeprelax_cuda.optim.describe import LEGEND, Notes, Seen, overshoot_notes
+from deeprelax_cuda.optim.describe import LEGEND, Notes, Seen, gamma_notes, outer_notes, overshoot_notes
 from deeprelax_cuda.optim.describe_gradient import fixed_point_notes
 from deeprelax_cuda.optim.describe_langevin import coupling_diverges, diverging, langevin_notes
 from deeprelax_cuda.optim.langevin import (
@@ -90,6 +90,7 @@ class HamiltonJacobi(RelaxationOptimizer):
     SHARED: ClassVar[tuple[str, ...]] = (*RelaxationOptimizer.SHARED, "inner", "check_contraction")
     WITHOUT: ClassVar[tuple[str, ...]] = ("gamma_total",)
     GAMMAS: ClassVar[str] = "(0, inf)"
+    OUTER_STEP: ClassVar[str] = "lr, the step of x along p"
     LR: ClassVar[str] = "the size of the outer step, 0.1 to 1"
 
     def __init__(
@@ -187,7 +188,8 @@ class HamiltonJacobi(RelaxationOptimizer):
 
     def _notes(self, group: dict[str, Any], seen: Seen) -> Notes:
         if group["inner"] == "prox":
-            return langevin_notes(_as_langevin(group), seen) + super()._notes(group, seen) + overshoot_notes(group)
+            outer = outer_notes(group, super().OUTER_STEP, self.LR, self.SMALLEST_USEFUL_LR) + overshoot_notes(group)
+            return langevin_notes(_as_langevin(group), seen) + gamma_notes(group) + outer
         notes = fixed_point_notes(group, damping(group), seen)
         if group["check_contraction"]:
             notes.line("contraction", *self._contraction.words())

@@ -29,7 +29,8 @@ def rehearse(optimizer: RelaxationOptimizer, counters: tuple[str, ...]) -> None:
     for p in [p for group in groups for p in group["params"]]:
         p.grad = torch.ones_like(p)
     length = groups[0]["inner_steps"]  # with capturable a step has all kinds of kernels
-    for position in FIRST if length is None else sorted({min(at, length - 1) for at in (*FIRST, length - 1)}):
+    positions = list(FIRST) if length is None else sorted({min(at, length - 1) for at in (*FIRST, length - 1)})
+    for position in positions * (2 if optimizer.FIRST_COUNT else 1):  # the averages of a first period may be others too
         for group in other.param_groups:
             set_number(group, "position", position)
         with torch.no_grad():

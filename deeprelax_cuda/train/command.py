@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     problem.add_argument("--data", choices=DATASETS, help="default: digits")
     problem.add_argument("--data-root", type=Path, metavar="DIR", help="the folder with the files of mnist or cifar10")
     problem.add_argument("--model", choices=MODELS, help="default: the data's")
-    problem.add_argument("--method", choices=METHODS, nargs="+", help="default: sgd entropy-sgd")
+    problem.add_argument("--method", choices=(*METHODS, "all"), nargs="+", help="default: sgd entropy-sgd")
     problem.add_argument("--seeds", type=_seed, nargs="+", help="a run each; default: 0 1 2")
 
     budget = parser.add_argument_group("budget (default: the data's)")
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     budget.add_argument("--eval-every", type=_positive, metavar="EPOCHS", help="need not be whole; default: 1")
     budget.add_argument("--levels", type=_finite, nargs="+", metavar="LEVEL", help="errors in %%, or perplexities, to time")
 
-    schedule = parser.add_argument_group("learning rate (the outer step of entropy-sgd)")
+    schedule = parser.add_argument_group("learning rate (the outer step, where a method has one)")
     schedule.add_argument("--lr", type=_number, help="default: the method's")
     schedule.add_argument("--lr-schedule", choices=SCHEDULES, help="over the epochs; default: constant")
     schedule.add_argument(
@@ -61,17 +61,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     options = parser.add_argument_group("methods' options (default: the model's, or else the method's)")
-    options.add_argument("--momentum", type=_number, help="that of the outer step for entropy-sgd")
+    options.add_argument("--momentum", type=_number, help="that of the outer step, where a method has one")
     options.add_argument("--weight-decay", type=_number)
     options.add_argument("--inner-lr", type=_number, help="step along the gradient")
     options.add_argument("--inner-momentum", type=_number)
     options.add_argument("--inner-steps", type=int, help="gradient evaluations per outer step")
-    options.add_argument("--gamma", type=_number, help="initial width of the relaxation; the coupling is 1/gamma")
+    options.add_argument("--gamma", type=_number, help="initial width of the relaxation")
     options.add_argument("--scoping", type=_number, help="each outer step divides gamma by 1 + scoping")
     options.add_argument("--gamma-min", type=_number, help="floor of gamma")
     options.add_argument("--gamma-total", type=_number, help="in place of scoping: gamma runs down from this to --gamma-min")
     options.add_argument(
-        "--temperature", type=_number, help="inner steps get noise of std sqrt(2 * inner_lr * temperature); default 0"
+        "--temperature", type=_number, help="of the noise of inner steps: entropy-sgd, heat, sgld each have their formula"
     )
     options.add_argument("--ema-decay", type=_number, help="weight of the old average in sgd-ema")
     options.add_argument(
@@ -81,9 +81,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", type=_device, help="default: cuda where there is one, else cpu")
     machine.add_argument("--dtype", choices=DTYPES, help="of the network's parameters and inputs; default: float32")
-    machine.add_argument("--rounding", choices=("nearest", "stochastic"), help="of bfloat16 weights in entropy-sgd")
+    machine.add_argument("--rounding", choices=("nearest", "stochastic"), help="of bfloat16 weights, but for sgd")
     machine.add_argument(
-        "--master-weights", action="store_const", const=True, help="entropy-sgd keeps float32 weights beside bfloat16 ones"
+        "--master-weights", action="store_const", const=True, help="float32 weights beside bfloat16 ones, but for sgd"
     )
     machine.add_argument("--backend", help=f"who computes the fused step: auto, {', '.join(backends.NAMES)}")
     machine.add_argument("--threads", type=_threads, help="CPU threads; default: the data's, or else torch's")
@@ -162,6 +162,10 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     dataset = DATASETS[name]
     model = args.model or dataset.model
     methods = _distinct("--method", args.method or ["sgd", "entropy-sgd"])
+    if "all" in methods:
+        if len(methods) > 1:
+            raise UsageError(f"--method: all stands for every method, got it with {' '.join(m for m in methods if m != 'all')}")
+        methods = tuple(METHODS)
     device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         "data": name,

@@ -151,7 +151,8 @@ def build(method: str, seed: int, settings: Settings, data: Data) -> Run:
     device, dtype = torch.device(settings.device), getattr(torch, settings.dtype)
     torch.manual_seed(seed)
     model = MODELS[settings.model].build(data.train_inputs.shape[1:], data.classes).to(device, dtype)
-    optimizer = METHODS[method].make(model.parameters(), seed, **settings.options[method])
+    steps = settings.epochs * batches_per_epoch(data, settings.batch_size)
+    optimizer = METHODS[method].make(model.parameters(), seed, steps, **settings.options[method])
     return Run(
         model,
         optimizer,

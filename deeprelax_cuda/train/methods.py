@@ -11,14 +11,16 @@ from torch import nn
 from torch.optim import Optimizer
 
 import deeprelax_cuda as dr
+from deeprelax_cuda.optim.base import RelaxationOptimizer
 from deeprelax_cuda.optim.watched import watched
 from deeprelax_cuda.train.averaged_sgd import AveragedSGD
 
 
 class Method(NamedTuple):
-    """``make(params, seed, **options)`` builds the optimizer; an option that is not given is left to its default.
+    """``make(params, seed, steps, **options)`` builds the optimizer of a run of so many gradient evaluations.
 
-    ``options`` are those that the command line has a name for; ``make`` takes all that the optimizer has.
+    An option that is not given is left to its default. ``options`` are those that the command line has a name for; ``make``
+    takes all that the optimizer has.
     """
 
     make: Callable[..., Optimizer]
@@ -31,12 +33,12 @@ class SGD(torch.optim.SGD):
     step = watched(torch.no_grad()(inspect.unwrap(torch.optim.SGD.step)))
 
 
-def _sgd(params: Iterable[nn.Parameter], seed: int, **options: Any) -> Optimizer:
+def _sgd(params: Iterable[nn.Parameter], seed: int, steps: int, **options: Any) -> Optimizer:
     params = list(params)
     return SGD(params, **_nesterov(params, **options))
 
 
-def _averaged_sgd(params: Iterable[nn.Parameter], seed: int, **options: Any) -> Optimizer:
+def _averaged_sgd(params: Iterable[nn.Parameter], seed: int, steps: int, **options: Any) -> Optimizer:
     params = list(params)
     return AveragedSGD(params, **_nesterov(params, **options))
 
@@ -50,30 +52,63 @@ def _nesterov(params: list[nn.Parameter], *, lr: float = 0.1, momentum: float = 
     return {"lr": lr, "momentum": momentum, "nesterov": momentum > 0, "fused": fused, **others}
 
 
-def _entropy_sgd(params: Iterable[nn.Parameter], seed: int, *, temperature: float = 0.0, **options: Any) -> Optimizer:
+def _entropy_sgd(
+    params: Iterable[nn.Parameter], seed: int, steps: int, *, temperature: float = 0.0, **options: Any
+) -> Optimizer:
     """Return the optimizer without noise: at the temperatures of the papers it is far below what the seeds differ by."""
     return dr.EntropySGD(params, seed=seed, temperature=temperature, **options)
 
 
+def _controlled_sgd(
+    params: Iterable[nn.Parameter],
+    seed: int,
+    steps: int,
+    *,
+    inner_lr: float = 0.1,
+    gamma_min: float = 1.0,
+    gamma_total: float | None = None,
+    **options: Any,
+) -> Optimizer:
+    """Return Entropy-SGD whose gamma is the time that is left: ``steps`` of ``inner_lr``, down to ``gamma_min`` at the end."""
+    total = gamma_min + steps * inner_lr if gamma_total is None else gamma_total
+    return _entropy_sgd(params, seed, steps, inner_lr=inner_lr, gamma_min=gamma_min, gamma_total=total, **options)
+
+
+def _hamilton_jacobi(params: Iterable[nn.Parameter], seed: int, steps: int, **options: Any) -> Optimizer:
+    return dr.HamiltonJacobi(params, seed=seed, **options)
+
+
+def _proximal(params: Iterable[nn.Parameter], seed: int, steps: int, **options: Any) -> Optimizer:
+    """Return the proximal loop, at the width and with the momentum of Entropy-SGD."""
+    found = {"inner_steps": 20, "gamma": 1e4, "inner_momentum": 0.9, **options}
+    return dr.HamiltonJacobi(params, inner="prox", seed=seed, **found)
+
+
+def _heat(params: Iterable[nn.Parameter], seed: int, steps: int, **options: Any) -> Optimizer:
+    return dr.HeatSGD(params, seed=seed, **options)
+
+
+def _sgld(
+    params: Iterable[nn.Parameter], seed: int, steps: int, *, lr: float = 0.1, temperature: float = 1e-6, **options: Any
+) -> Optimizer:
+    """Return the sampler so cold that its last sample is a fair answer."""
+    return dr.SGLD(params, lr, temperature=temperature, seed=seed, **options)
+
+
 SGD_OPTIONS = ("lr", "momentum", "weight_decay")
-ENTROPY_SGD_OPTIONS = (
-    *SGD_OPTIONS,
-    "inner_lr",
-    "inner_momentum",
-    "inner_steps",
-    "gamma",
-    "scoping",
-    "gamma_min",
-    "gamma_total",
-    "temperature",
-    "rounding",
-    "master_weights",
-    "backend",
-)
+#: Of every method of this package: how its steps are computed.
+STEP_OPTIONS = ("rounding", "master_weights", "backend")
+PERIOD_OPTIONS = (*SGD_OPTIONS, "inner_steps", "gamma", "scoping", "gamma_min", *STEP_OPTIONS)
+INNER_OPTIONS = ("inner_lr", "inner_momentum")
 METHODS = {
     "sgd": Method(_sgd, SGD_OPTIONS),
     "sgd-ema": Method(_averaged_sgd, (*SGD_OPTIONS, "ema_decay")),
-    "entropy-sgd": Method(_entropy_sgd, ENTROPY_SGD_OPTIONS),
+    "entropy-sgd": Method(_entropy_sgd, (*PERIOD_OPTIONS, *INNER_OPTIONS, "gamma_total", "temperature")),
+    "controlled-sgd": Method(_controlled_sgd, (*PERIOD_OPTIONS, *INNER_OPTIONS, "gamma_total", "temperature")),
+    "hj": Method(_hamilton_jacobi, PERIOD_OPTIONS),
+    "hj-prox": Method(_proximal, (*PERIOD_OPTIONS, *INNER_OPTIONS)),
+    "heat": Method(_heat, (*PERIOD_OPTIONS, "temperature")),
+    "sgld": Method(_sgld, ("lr", "weight_decay", "gamma", "temperature", *STEP_OPTIONS)),
 }
 
 
@@ -84,4 +119,4 @@ def settings_of(optimizer: Optimizer) -> dict[str, Any]:
 
 def backend_of(optimizer: Optimizer) -> str:
     """Return who computes the steps of ``optimizer``, and why."""
-    return optimizer.explain() if isinstance(optimizer, dr.EntropySGD) else "torch"
+    return optimizer.explain() if isinstance(optimizer, RelaxationOptimizer) else "torch"

@@ -25,9 +25,9 @@ from deeprelax_cuda.train.measures import Measure
 TABLE = "table.txt"
 PICTURE = "curves.png"
 
-#: Okabe and Ito's colours, which readers of every kind of colour vision tell apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "osD^vPX"
+#: Okabe and Ito's colours, which readers of every kind of colour vision tell apart, but for their yellow, which is a grey here.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
+MARKERS = "osD^vPX*"
 #: Evaluations up to which each is marked.
 MARKED = 40
 
