@@ -13,7 +13,7 @@ from deeprelax_cuda.optim.base import RelaxationOptimizer
 from deeprelax_cuda.optim.contraction import SHORTEST, Contraction
 from deeprelax_cuda.optim.describe import LEGEND, Notes, Seen, gamma_notes, outer_notes, overshoot_notes
 from deeprelax_cuda.optim.describe_gradient import fixed_point_notes
-from deeprelax_cuda.optim.describe_langevin import coupling_diverges, diverging, langevin_notes
+from deeprelax_cuda.optim.describe_langevin import coupling_diverges, diverging, proximal_notes
 from deeprelax_cuda.optim.langevin import (
     PLAIN,
     check_averaging,
@@ -189,7 +189,7 @@ class HamiltonJacobi(RelaxationOptimizer):
     def _notes(self, group: dict[str, Any], seen: Seen) -> Notes:
         if group["inner"] == "prox":
             outer = outer_notes(group, super().OUTER_STEP, self.LR, self.SMALLEST_USEFUL_LR) + overshoot_notes(group)
-            return langevin_notes(_as_langevin(group), seen) + gamma_notes(group) + outer
+            return proximal_notes(_as_langevin(group), seen) + gamma_notes(group) + outer
         notes = fixed_point_notes(group, damping(group), seen)
         if group["check_contraction"]:
             notes.line("contraction", *self._contraction.words())
