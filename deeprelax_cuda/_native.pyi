@@ -41,6 +41,7 @@ class Clock:
         lr_is_float: bool,
         counts: bool,
         rule: tuple[int, float, float, float, float, float],
+        law: tuple[str, str, str, float],
     ) -> None: ...
 
 class Watch:

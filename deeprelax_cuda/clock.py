@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,15 +67,20 @@ class Law(NamedTuple):
 
     def numbers(self, gamma: float, lr: float) -> dict[str, float]:
         """Return the numbers of `Scalars` that follow from gamma and lr, in binary64: they are yet to be rounded."""
-        found = {"eta": lr, "s": _root(2.0 * lr * self.temperature)} if self.lr == "inner" else {"lr": lr}
+        found = {"eta": lr, "s": self._deviation(2.0 * lr)} if self.lr == "inner" else {"lr": lr}
         if self.gamma == "stiffness":
             return {**found, "k": 1.0 / gamma if gamma else math.inf}
         if self.gamma == "drift":
             return {**found, "c": gamma}
-        return {**found, "s": _root(gamma * self.temperature)}
+        return {**found, "s": self._deviation(gamma)}
+
+    def _deviation(self, per_degree: float) -> float:
+        """Return the standard deviation of noise; without a temperature there is none, whatever gamma and lr become."""
+        variance = per_degree * self.temperature if self.temperature else 0.0
+        return math.nan if variance < 0.0 else math.sqrt(variance)
 
     def weight(self, count: int, constant: float) -> float:
-        """Return a for the sample of number ``count`` in the average of its period; one before the first has no weight."""
+        """Return a for the sample of number ``count`` in its period; in a mean, one before the first has none."""
         if self.average == "mean":
             return 1.0 / count if count > 0 else 0.0
         return 1.0 if count == 1 else constant
@@ -83,10 +88,6 @@ class Law(NamedTuple):
 
 #: That of Entropy-SGD.
 COUPLED = Law()
-
-
-def _root(square: float) -> float:
-    return math.nan if square < 0.0 else math.sqrt(square)
 
 
 def follows(family: Family, count: int | None) -> bool:
@@ -128,10 +129,12 @@ class Clock:
         count = None if self.period_steps is None else int(self.period_steps) + constant.inner
         compute = compute_type(dtype)
         found = self.law.numbers(float(self.gamma), float(self.lr))
-        rounded = {name: float(torch.tensor(value, dtype=torch.float64).to(compute)) for name, value in found.items()}
+        rounded: dict[str, Any] = {
+            name: float(torch.tensor(value, dtype=torch.float64).to(compute)) for name, value in found.items()
+        }
         outer = ends and follows(constant.family, count)
         now = replace(constant, outer=outer, step=int(self.step), **rounded)
-        if count is not None:
+        if count is not None and self.period_steps is not None:
             if now.inner:
                 now = replace(now, a=round_scalar("1 - averaging", self.law.weight(count, constant.a), dtype))
             self.period_steps.fill_(min(count, 0) if ends else count)

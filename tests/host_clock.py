@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import product
 
-from clock_cases import RULES, compare
+from clock_cases import LAWS, RULES, Timing, compare
 from contract_cases import DTYPES
 from host_module import F32, F64, Test
 
@@ -19,4 +19,6 @@ def clock() -> Iterator[Test]:
     for rule, dtype, lr, linear in product(RULES, DTYPES, (F32, F64), (False, True)):
         for name in ("fused-outer-all", "gradient-average-fused"):
             label = f"{name}, {rule}, {dtype}, lr {lr}{', linear' if linear else ''}"
-            yield label, partial(compare, MAKERS, name, RULES[rule], dtype, lr, linear)
+            yield label, partial(compare, MAKERS, Timing(name, RULES[rule], dtype=dtype, lr=lr, counted=linear))
+    for label, timing in LAWS.items():
+        yield label, partial(compare, MAKERS, timing)

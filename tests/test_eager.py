@@ -7,11 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from clock_cases import LAWS, compare
+from contract_cases import CPU_SETS
 from numpy import float32 as f32
 from torch import Tensor
 
 from deeprelax_cuda import backends
-from deeprelax_cuda.backends import eager
+from deeprelax_cuda.backends import cpu, eager
 from deeprelax_cuda.noise import DOMAIN_ROUNDING, STREAMS_PER_DOMAIN, Place, philox4x32
 from deeprelax_cuda.steps import NARROW, ROLES, STORED, Scalars, Tensors, compute_type, may_write
 
@@ -349,6 +351,12 @@ def test_every_written_element_moves_and_nothing_else(family, dtype, rounding, m
             assert moved[3:132].float().mean() > 0.95  # a narrow parameter may round back to where it was
 
 
+@pytest.mark.skipif(not CPU_SETS, reason="there is no native backend to compare with")
+@pytest.mark.parametrize("law", LAWS)
+def test_a_clock_follows_its_law(law):
+    compare({"eager": eager.make_plan, "cpu": cpu.make_plan}, LAWS[law])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_to_do(family):
     eager.EagerPlan(Tensors([])).run([], but(family=family, outer=True))
@@ -358,7 +366,7 @@ def test_nothing_to_do(family):
 
 
 def test_unavailable_gives_the_reason():
-    cpu = torch.device("cpu")
-    assert all(eager.unavailable(cpu, dtype) is None for dtype in STORED)
-    assert "torch.int64" in eager.unavailable(cpu, torch.int64)
+    here = torch.device("cpu")
+    assert all(eager.unavailable(here, dtype) is None for dtype in STORED)
+    assert "torch.int64" in eager.unavailable(here, torch.int64)
     assert "float64" in eager.unavailable(torch.device("mps"), torch.float32)

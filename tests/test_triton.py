@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from clock_cases import RULES, a_clock, compare
+from clock_cases import LAWS, RULES, Timing, a_clock, compare
 from contract_cases import (
     BY_NAME,
     CASES,
@@ -194,22 +194,32 @@ def test_the_last_blocks_of_a_huge_tensor_are_a_shard_of_it(name: str, dtype: to
 # ---- Clocks ------------------------------------------------------------------------------------------------------------------
 
 MAKERS = {"triton": triton.make_plan, "cpu": cpu.make_plan}
+infinite_elements = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 
 @pytest.mark.slow
+@infinite_elements
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("lr", [F32, F64], ids=str)
 @pytest.mark.parametrize("rule", RULES)
 def test_a_clock_counts_as_the_cpu_does(rule: str, lr: torch.dtype, linear: bool) -> None:
-    compare(MAKERS, "fused-outer-all", RULES[rule], F32, lr, linear)
+    compare(MAKERS, Timing("fused-outer-all", RULES[rule], lr=lr, counted=linear))
 
 
 @pytest.mark.slow
+@infinite_elements
+@pytest.mark.parametrize("law", LAWS)
+def test_a_clock_follows_its_law(law: str) -> None:
+    compare(MAKERS, LAWS[law])
+
+
+@pytest.mark.slow
+@infinite_elements
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["fused-outer-all", "gradient-average-fused"])
 def test_a_clock_in_every_type(name: str, dtype: torch.dtype, linear: bool) -> None:
-    compare(MAKERS, name, RULES["scoping"], dtype, F64, linear)
+    compare(MAKERS, Timing(name, RULES["scoping"], dtype=dtype, counted=linear))
 
 
 # ---- Whole optimizers --------------------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def bytes_of(roles: str, dtype: str) -> int:
 
 
 def no_fused(rows: Rows) -> list[str]:
-    """Beside those of roots; AMD's division of float64 has some too, and only the clock's kernel divides."""
+    """Beside those of roots; AMD's division and root of float64 have some too, and only the clock's kernel has these."""
     dividing = {(AMD, "advance_kernel")}
     return [f"{name(r)}: {i}" for r in rows for i in r["contracted"] if (r["target"], r["kernel"]) not in dividing]
 

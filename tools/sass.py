@@ -353,12 +353,12 @@ class Kernel:
         return roots
 
     def divides(self, i: Instruction) -> bool:
-        """Return whether a value is made from MUFU.RCP64H, with which the division of binary64 numbers begins."""
+        """Return whether a value is made from what the division of binary64 numbers begins with, MUFU.RCP64H, or their root."""
         seen: set[Instruction] = set()
         rest = [i]
         while rest:
             i = rest.pop()
-            if i.opcode == "MUFU.RCP64H":
+            if i.opcode in ("MUFU.RCP64H", "MUFU.RSQ64H"):
                 return True
             if i in self.home and i not in seen:
                 seen.add(i)
@@ -369,7 +369,7 @@ class Kernel:
 
     @property
     def contracted(self) -> list[Instruction]:
-        """Fused multiply-adds of neither a root nor a division of binary64 numbers, whose results are correctly rounded.
+        """Fused multiply-adds of neither a root nor a division of binary64 numbers: the results of those are correctly rounded.
 
         The functions that ptxas adds for their special cases have "_rn" in their names. With -RZ and RZ for factors and
         numbers for the rest, HFMA2 and FFMA move a number to a register.

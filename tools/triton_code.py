@@ -36,7 +36,7 @@ from typing import Any
 import sass
 import torch
 
-from deeprelax_cuda.clock import NUMBERS, Clock, Rule
+from deeprelax_cuda.clock import NUMBERS, Clock, Law, Rule
 from deeprelax_cuda.noise import as_place
 from deeprelax_cuda.steps import NARROW, Scalars, Tensors, compute_type, round_scalar
 
@@ -66,7 +66,9 @@ class Way:
     scalars: dict[str, Any] = field(default_factory=dict)
     masters: bool = False
     scaled: bool = False  # with inv_scale and found_inf
-    clock: str = ""  # "clock", or "plain mean" where it has the average's number too
+    clock: Law | None = None
+    counted: bool = False  # the clock has the average's number too
+    ends: bool = True  # with a clock: periods do
     pitched: bool = False
     dtypes: tuple[torch.dtype, ...] = DTYPES
 
@@ -85,8 +87,12 @@ WAYS = (
     Way("gradient-average", _B),
     Way("gradient-average-fused", {**_B, **_OUTER, "wd": 0.013}),
     Way("scaled", {**_A, "maximize": True}, scaled=True),
-    Way("clock", {**_A, **_MOMENTUM, **_OUTER, "outer": False}, clock="clock"),
-    Way("clock-plain-mean", {**_B, **_OUTER, "outer": False}, clock="plain mean", scaled=True),
+    Way("clock", {**_A, **_MOMENTUM, **_OUTER, "outer": False}, clock=Law()),
+    Way("clock-plain-mean", {**_B, **_OUTER, "outer": False}, clock=Law(), counted=True, scaled=True),
+    # Those of Hamilton-Jacobi relaxation, Heat-SGD and SGLD.
+    Way("clock-drift", {**_B, **_OUTER, "outer": False}, clock=Law("drift", average="restart"), counted=True),
+    Way("clock-variance", {**_B, **_OUTER, "c": 0.0, "outer": False}, clock=Law("variance", temperature=0.7), counted=True),
+    Way("clock-inner", {**_A, "a": 0.0}, clock=Law(lr="inner", temperature=0.7), ends=False),
     Way("pitched", _A, pitched=True),
     Way("masters", {**_A, **_MOMENTUM, **_OUTER}, masters=True, dtypes=NARROW),
     Way("stochastic", {**_A, "rounding": "stochastic"}, dtypes=(torch.bfloat16,)),
@@ -114,7 +120,8 @@ def launches(way: Way, dtype: torch.dtype, backend: str) -> Iterator[tuple[Any, 
     numbers = {name: round_scalar(name, x, dtype) if type(x) is float else x for name, x in way.scalars.items()}
     scalars = Scalars(**numbers, seed=1, step=2)
     # a clock decides on the device whether there is an outer step
-    reads, writes = (getattr(replace(scalars, outer=scalars.outer or bool(way.clock)), what) for what in ("reads", "writes"))
+    outer = scalars.outer or (way.clock is not None and way.ends)
+    reads, writes = (getattr(replace(scalars, outer=outer), what) for what in ("reads", "writes"))
     if way.masters:  # the parameter is the rounding of what was read
         reads -= {"params"}
     else:
@@ -129,7 +136,7 @@ def launches(way: Way, dtype: torch.dtype, backend: str) -> Iterator[tuple[Any, 
     states = {name: role(name) for name in LETTERS if name != "params"}
     plan = ours.TritonPlan(Tensors(params, **states, numbers=[5], places=[place]), target=backend)
     inv_scale, found_inf = (torch.ones((), dtype=compute_type(dtype)), torch.zeros(())) if way.scaled else (None, None)
-    for launch in plan.launches(grads, scalars, inv_scale, found_inf, clock=clock(way) if way.clock else None):
+    for launch in plan.launches(grads, scalars, inv_scale, found_inf, clock=clock(way)):
         if launch.kernel != "step_kernel":
             if dtype == compute_type(dtype):  # or else it is float32's
                 yield launch, {}
@@ -138,15 +145,18 @@ def launches(way: Way, dtype: torch.dtype, backend: str) -> Iterator[tuple[Any, 
         yield launch, {"reads": " ".join(read), "writes": " ".join(LETTERS[name] for name in LETTERS if name in writes)}
 
 
-def clock(way: Way) -> Clock:
+def clock(way: Way) -> Clock | None:
+    if way.clock is None:
+        return None
+
     def count() -> torch.Tensor:
         return torch.zeros((), dtype=torch.int64)
 
     number = torch.ones((), dtype=torch.float64)
-    counted = count() if way.clock == "plain mean" else None
+    counted = count() if way.counted else None
     numbers = torch.zeros(NUMBERS, dtype=torch.uint8)
-    rule = Rule(20, 1e3, 1e-3, 1e-4, 0.0, 0.1)
-    return Clock(count(), count(), count(), number, number.clone(), counted, numbers, counts=True, rule=rule)
+    rule = Rule(20 if way.ends else 0, 1e3, 1e-3, 1e-4, 0.0, 0.1)
+    return Clock(count(), count(), count(), number, number.clone(), counted, numbers, True, rule, way.clock)
 
 
 # ---- Compiling ---------------------------------------------------------------------------------------------------------------

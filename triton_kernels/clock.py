@@ -18,6 +18,26 @@ class Rule(NamedTuple):
 
 
 @triton.jit
+def stiffness(gamma):
+    return 1.0 / tl.where(gamma == 0.0, 0.0, gamma)  # -0 is 0
+
+
+@triton.jit
+def deviation(per_degree, temperature):
+    """Return the standard deviation of noise; Triton's root of a float64 is correctly rounded, unlike that of a float32."""
+    return tl.sqrt(per_degree * temperature)
+
+
+@triton.jit
+def weight(count, constant, AVERAGE: tl.constexpr):
+    """Return a for the sample of number ``count`` in the average of its period; one before the first has none in a mean."""
+    if AVERAGE == "restart":
+        return tl.where(count == 1, 1.0, constant)
+    else:
+        return tl.where(count > 0, 1.0 / tl.maximum(count, 1).to(tl.float64), 0.0)
+
+
+@triton.jit
 def power(base, exponent):
     """Return base**exponent by repeated squaring, lowest bit first; infinity where it overflows."""
     result = base * 0.0 + 1.0

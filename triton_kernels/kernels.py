@@ -3,16 +3,20 @@
 import triton
 import triton.language as tl
 
-from .clock import Rule, gamma_after
+from .clock import Rule, deviation, gamma_after, stiffness, weight
 from .gaussian import normals
 from .philox import philox4x32
 from .step import take_any_block
 from .update import Scalars, Terms
 
-# Where a clock leaves the numbers of a step: two int64, then k, lr and a in the compute type.
+# Where a clock leaves the numbers of a step: two int64, then values in the compute type.
 AT_STEP = tl.constexpr(0)
 AT_OUTER = tl.constexpr(1)
 AT_VALUES = tl.constexpr(16)  # bytes
+AT_GAMMA = tl.constexpr(0)  # k or c
+AT_LR = tl.constexpr(1)  # lr or eta
+AT_A = tl.constexpr(2)
+AT_S = tl.constexpr(3)
 
 
 @triton.jit
@@ -32,7 +36,7 @@ _OF_THE_CALL = [
 ]
 _OF_A_CLOCK = [
     *("step", "position", "outer_steps", "gamma", "lr", "period_steps", "numbers", "found_inf"),
-    *("inner_steps", "initial_gamma", "scoping", "gamma_min", "gamma_total", "inner_lr"),
+    *("inner_steps", "initial_gamma", "scoping", "gamma_min", "gamma_total", "inner_lr", "temperature", "a"),
 ]
 _OF_NORMALS = ["out", "numel", "seed", "step", "stream", "offset"]
 
@@ -69,7 +73,10 @@ def step_kernel(
     COUPLING_IN_MOMENTUM: tl.constexpr,
     NESTEROV_O: tl.constexpr,
     FORGETS: tl.constexpr,
-    PLAIN_MEAN: tl.constexpr,
+    GAMMA: tl.constexpr,
+    LR: tl.constexpr,
+    S_FOLLOWS: tl.constexpr,
+    COUNTED: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     HAS_MASTER: tl.constexpr,
     PITCHED: tl.constexpr,
@@ -77,27 +84,44 @@ def step_kernel(
     """Take the step; the arguments are those of the formula, None for a number that is 0.
 
     ``rows`` is the table, int64; ``grads`` has the addresses of the gradients, int64; ``blocks`` the number of each block's
-    tensor, int32. ``numbers`` is where a clock has left what it determines: OUTER, step, k, lr and, with PLAIN_MEAN, a.
+    tensor, int32. ``numbers`` is where a clock has left what it determines: step, whether there is an outer step (if OUTER),
+    what GAMMA and LR are by its law, s with S_FOLLOWS, a with COUNTED. Without a clock GAMMA and LR are empty.
     """
+    eta = None if eta is None else scalar(eta, STORED)
     k = None if k is None else scalar(k, STORED)
+    s = None if s is None else scalar(s, STORED)
     a = None if a is None else scalar(a, STORED)
+    c = None if c is None else scalar(c, STORED)
     lr = None if lr is None else scalar(lr, STORED)
     if numbers is not None:
         values = (numbers + AT_VALUES).to(tl.pointer_type(tl.float64 if STORED == tl.float64 else tl.float32))
         counts = numbers.to(tl.pointer_type(tl.int64))
-        step, outer = tl.load(counts + AT_STEP), tl.load(counts + AT_OUTER) != 0
-        k, lr = tl.load(values), tl.load(values + 1)
-        if PLAIN_MEAN:
-            a = tl.load(values + 2)
+        step = tl.load(counts + AT_STEP)
+        if OUTER:
+            outer = tl.load(counts + AT_OUTER) != 0
+        else:
+            outer: tl.constexpr = False
+        if GAMMA == "stiffness":
+            k = tl.load(values + AT_GAMMA)
+        elif GAMMA == "drift":
+            c = tl.load(values + AT_GAMMA)
+        if LR == "inner":
+            eta = tl.load(values + AT_LR)
+        else:
+            lr = tl.load(values + AT_LR)
+        if COUNTED:
+            a = tl.load(values + AT_A)
+        if S_FOLLOWS:
+            s = tl.load(values + AT_S)
     if inv_scale is not None:
         inv_scale = tl.load(inv_scale)
     h = Scalars(
         inv_scale,
-        None if eta is None else scalar(eta, STORED),
+        eta,
         k,
-        None if s is None else scalar(s, STORED),
+        s,
         a,
-        None if c is None else scalar(c, STORED),
+        c,
         None if wd is None else scalar(wd, STORED),
         None if mu is None else scalar(mu, STORED),
         None if damp1 is None else scalar(damp1, STORED),
@@ -108,17 +132,26 @@ def step_kernel(
     )
     if numbers is None:
         take_any_block(
-            Terms(LANGEVIN, INNER, OUTER, MAXIMIZE, NESTEROV, COUPLING_IN_MOMENTUM, NESTEROV_O, FORGETS, False),
+            Terms(
+                LANGEVIN, INNER, OUTER, MAXIMIZE, NESTEROV, COUPLING_IN_MOMENTUM, NESTEROV_O, FORGETS,
+                False, False, False, False,
+            ),
             h, rows, grads, blocks, found_inf, seed, step, STORED, BLOCK, STOCHASTIC, HAS_MASTER, PITCHED,
         )  # fmt: skip
     elif outer:
         take_any_block(
-            Terms(LANGEVIN, INNER, True, MAXIMIZE, NESTEROV, COUPLING_IN_MOMENTUM, NESTEROV_O, FORGETS, True),
+            Terms(
+                LANGEVIN, INNER, True, MAXIMIZE, NESTEROV, COUPLING_IN_MOMENTUM, NESTEROV_O, FORGETS,
+                GAMMA == "stiffness", S_FOLLOWS, COUNTED, GAMMA == "drift",
+            ),
             h, rows, grads, blocks, found_inf, seed, step, STORED, BLOCK, STOCHASTIC, HAS_MASTER, PITCHED,
         )  # fmt: skip
     elif INNER:
         take_any_block(
-            Terms(LANGEVIN, INNER, False, MAXIMIZE, NESTEROV, COUPLING_IN_MOMENTUM, NESTEROV_O, FORGETS, True),
+            Terms(
+                LANGEVIN, INNER, False, MAXIMIZE, NESTEROV, COUPLING_IN_MOMENTUM, NESTEROV_O, FORGETS,
+                GAMMA == "stiffness", S_FOLLOWS, COUNTED, GAMMA == "drift",
+            ),
             h, rows, grads, blocks, found_inf, seed, step, STORED, BLOCK, STOCHASTIC, HAS_MASTER, PITCHED,
         )  # fmt: skip
 
@@ -139,13 +172,21 @@ def advance_kernel(
     gamma_min: tl.int64,
     gamma_total: tl.int64,
     inner_lr: tl.int64,
+    temperature: tl.int64,
+    a: tl.int64,
     STORED: tl.constexpr,
+    LANGEVIN: tl.constexpr,
     INNER: tl.constexpr,
+    GAMMA: tl.constexpr,
+    LR: tl.constexpr,
+    AVERAGE: tl.constexpr,
+    S_FOLLOWS: tl.constexpr,
     COUNTS: tl.constexpr,
 ):
     """Leave the numbers of the coming step in ``numbers``, and count it; one program.
 
-    The first arguments are the addresses of a clock's tensors (deeprelax_cuda/clock.py), the float64 of its rule come as bits.
+    The first arguments are the addresses of a clock's tensors (deeprelax_cuda/clock.py). The float64 of its rule and its law
+    come as bits, and so does ``a``, the weight of an average that the law lets be. S_FOLLOWS: there is noise by the law.
     """
     taken = True
     if found_inf is not None:
@@ -162,21 +203,34 @@ def advance_kernel(
         compute: tl.constexpr = tl.float64 if STORED == tl.float64 else tl.float32
         counts = numbers.to(tl.pointer_type(tl.int64))
         values = (numbers + AT_VALUES).to(tl.pointer_type(compute))
-        outer = tl.load(position) + 1 >= inner_steps
+        ends = (inner_steps > 0) & (tl.load(position) + 1 >= inner_steps)
+        outer = ends
         tl.store(counts + AT_STEP, tl.load(step))
-        tl.store(counts + AT_OUTER, outer.to(tl.int64))
-        tl.store(values, (1.0 / tl.load(gamma)).to(compute))
-        tl.store(values + 1, tl.load(lr).to(compute))
+        rate = tl.load(lr).to(tl.float64)
+        tl.store(values + AT_LR, rate.to(compute))
+        if GAMMA == "stiffness":
+            tl.store(values + AT_GAMMA, stiffness(tl.load(gamma)).to(compute))
+        elif GAMMA == "drift":
+            tl.store(values + AT_GAMMA, tl.load(gamma).to(compute))
+        if S_FOLLOWS:
+            if GAMMA == "variance":
+                s = deviation(tl.load(gamma), scalar(temperature, tl.float64))
+            else:
+                s = deviation(2.0 * rate, scalar(temperature, tl.float64))
+            tl.store(values + AT_S, s.to(compute))
         if period_steps is not None:
             count = tl.load(period_steps)
             if INNER:
                 count += 1
-                tl.store(values + 2, (1.0 / count.to(tl.float64)).to(compute))
-            tl.store(period_steps, tl.where(outer, 0, count))
+                tl.store(values + AT_A, weight(count, scalar(a, tl.float64), AVERAGE).to(compute))
+            if not LANGEVIN:  # only a period that has counted a gradient
+                outer = ends & (count > 0)
+            tl.store(period_steps, tl.where(ends, tl.minimum(count, 0), count))
+        tl.store(counts + AT_OUTER, outer.to(tl.int64))
         if COUNTS:
             tl.store(step, tl.load(step) + 1)
-            tl.store(position, tl.where(outer, 0, tl.load(position) + 1))
-            if outer:
+            tl.store(position, tl.where(ends, 0, tl.load(position) + 1))
+            if ends:
                 n = tl.load(outer_steps) + 1
                 tl.store(outer_steps, n)
                 tl.store(gamma, gamma_after(rule, n, tl.load(gamma)))

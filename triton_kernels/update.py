@@ -15,8 +15,8 @@ from .rounding import stored_as
 class Terms(NamedTuple):
     """Which terms there are, as far as numbers do not say it: settled when a kernel is compiled.
 
-    ``forgets``: a is 1. ``clocked``: k, and a where it is that of a plain mean, were worked out on the device, so that their
-    special values show only there. Made where it is passed on: Triton makes tensors of what is assigned to a name.
+    ``forgets``: a is 1. ``open_...``: the number was worked out on the device, and only there it shows whether it is 0 or, for
+    a, 1. Made where it is passed on: Triton makes tensors of what is assigned to a name.
     """
 
     langevin: tl.constexpr
@@ -27,7 +27,10 @@ class Terms(NamedTuple):
     coupling_in_momentum: tl.constexpr
     nesterov_o: tl.constexpr
     forgets: tl.constexpr
-    clocked: tl.constexpr
+    open_k: tl.constexpr
+    open_s: tl.constexpr
+    open_a: tl.constexpr
+    open_c: tl.constexpr
 
 
 class Scalars(NamedTuple):
@@ -72,9 +75,25 @@ def gradient(terms, h, y, g):
 @triton.jit
 def with_coupling(terms, h, d, y, x):
     coupled = d + h.k * (y - x)
-    if terms.clocked:
+    if terms.open_k:
         coupled = tl.where(h.k != 0.0, coupled, d)
     return coupled
+
+
+@triton.jit
+def with_drift(terms, h, y, p):
+    drifted = y - h.c * p
+    if terms.open_c:
+        drifted = tl.where(h.c != 0.0, drifted, y)
+    return drifted
+
+
+@triton.jit
+def with_noise(terms, h, y, z):
+    noisy = y + h.s * z
+    if terms.open_s:
+        noisy = tl.where(h.s != 0.0, noisy, y)
+    return noisy
 
 
 @triton.jit
@@ -86,8 +105,8 @@ def averaged(terms, h, m, sample):
         return m
     else:
         average = m + h.a * (sample - m)
-        if terms.clocked:
-            average = tl.where(h.a == 1.0, sample, average)
+        if terms.open_a:
+            average = tl.where(h.a == 1.0, sample, tl.where(h.a == 0.0, m, average))
         return average
 
 
@@ -107,7 +126,7 @@ def langevin_step(terms, h, y, g, x, m, v, z, w, STORED: tl.constexpr):
         d = with_coupling(terms, h, d, y, x)
     y = y - h.eta * d
     if h.s is not None:
-        y = y + h.s * z
+        y = with_noise(terms, h, y, z)
     y = stored_as(y, w, STORED)
     return y, averaged(terms, h, m, y), v
 
@@ -119,9 +138,9 @@ def gradient_average_step(terms, h, y, g, x, m, z, w, STORED: tl.constexpr):
     m = averaged(terms, h, m, d)
     y = x
     if h.c is not None:
-        y = y - h.c * m
+        y = with_drift(terms, h, y, m)
     if h.s is not None:
-        y = y + h.s * z
+        y = with_noise(terms, h, y, z)
     return stored_as(y, w, STORED), m
 
 
@@ -147,5 +166,5 @@ def outer_step(terms, h, x, m, momentum, c, z, w, STORED: tl.constexpr):
     if terms.langevin:
         m = x
     elif h.s is not None:
-        y = y + h.s * z
+        y = with_noise(terms, h, y, z)
     return stored_as(y, w, STORED), x, m, momentum

@@ -55,6 +55,14 @@ DR_FN float square_root(float f) {
 #endif
 }
 
+DR_FN double square_root(double f) {
+#if defined(__CUDA_ARCH__)
+  return __dsqrt_rn(f);
+#else
+  return std::sqrt(f);
+#endif
+}
+
 DR_FN float from_unsigned(uint32_t u) { return static_cast<float>(u); }
 DR_FN float from_signed(uint32_t u) { return static_cast<float>(static_cast<int32_t>(u)); }
 

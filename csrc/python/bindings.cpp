@@ -3,9 +3,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
+#include <initializer_list>
 #include <optional>
 #include <stdexcept>
+#include <string>
 #include <string_view>
 #include <tuple>
 #include <vector>
@@ -34,12 +37,22 @@ Step step_of(const py::object& scalars) {
   return step;
 }
 
+// The value of an enum whose values have these names, in their order.
+template <class Enum>
+Enum named(std::string_view name, std::initializer_list<std::string_view> names) {
+  const auto* found = std::find(names.begin(), names.end(), name);
+  if (found == names.end()) throw std::invalid_argument("law: no " + std::string(name));
+  return static_cast<Enum>(found - names.begin());
+}
+
 // A clock whose counters and values lie at the given addresses; rule: (inner_steps, initial_gamma, scoping, gamma_min,
-// gamma_total, inner_lr).
+// gamma_total, inner_lr), law: (gamma, lr, average, temperature).
 Clock clock_of(const std::array<uintptr_t, 7>& addresses, bool lr_is_float, bool counts,
-               const std::tuple<int64_t, double, double, double, double, double>& rule) {
+               const std::tuple<int64_t, double, double, double, double, double>& rule,
+               const std::tuple<std::string_view, std::string_view, std::string_view, double>& law) {
   auto at = [&](int i) { return reinterpret_cast<void*>(addresses[i]); };
   const auto [inner_steps, initial_gamma, scoping, gamma_min, gamma_total, inner_lr] = rule;
+  const auto [gamma, lr, average, temperature] = law;
   return {static_cast<int64_t*>(at(0)),
           static_cast<int64_t*>(at(1)),
           static_cast<int64_t*>(at(2)),
@@ -54,7 +67,9 @@ Clock clock_of(const std::array<uintptr_t, 7>& addresses, bool lr_is_float, bool
           scoping,
           gamma_min,
           gamma_total,
-          inner_lr};
+          inner_lr,
+          {named<Gamma>(gamma, {"stiffness", "drift", "variance"}), named<Rate>(lr, {"outer", "inner"}),
+           named<Average>(average, {"mean", "restart"}), temperature}};
 }
 
 // The tensors of a plan, without the gradients, whose addresses come with each step.

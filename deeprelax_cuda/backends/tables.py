@@ -42,7 +42,7 @@ def native_clock(clock: Clock) -> Any:
     """Return the clock as the native module takes it."""
     parts = (clock.step, clock.position, clock.outer_steps, clock.gamma, clock.lr, clock.period_steps, clock.numbers)
     addresses = [0 if t is None else t.data_ptr() for t in parts]
-    return _native.Clock(addresses, clock.lr.dtype == torch.float32, clock.counts, tuple(clock.rule))
+    return _native.Clock(addresses, clock.lr.dtype == torch.float32, clock.counts, tuple(clock.rule), tuple(clock.law))
 
 
 def _addresses(role: list[Tensor]) -> list[int]:

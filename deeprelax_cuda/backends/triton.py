@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from deeprelax_cuda.backends.triton_launch import Launch, capturing, check_capture, compiled, keep_for_graphs, on, start, upload
-from deeprelax_cuda.clock import Clock, Rule
+from deeprelax_cuda.clock import Clock, Law, Rule
 from deeprelax_cuda.noise import to_int64
 from deeprelax_cuda.steps import STORED, Scalars, Tensors
 
@@ -139,10 +139,8 @@ class TritonPlan:
     ) -> Iterator[Launch]:
         """Yield what `run` launches; the plan's device is the current one."""
         if clock is not None:
-            yield self._advance(clock, scalars.inner, found_inf)
-        elif not (scalars.inner or scalars.outer):
-            return
-        if self._blocks.numel():
+            yield self._advance(clock, scalars, found_inf)
+        if self._blocks.numel() and (scalars.inner or _may_end(scalars, clock)):
             if addresses is None:
                 addresses = array("Q", map(Tensor.data_ptr, grads)).tobytes()
             yield self._step(addresses, scalars, inv_scale, found_inf, clock)
@@ -150,11 +148,12 @@ class TritonPlan:
     def _step(
         self, addresses: bytes, sc: Scalars, inv_scale: Tensor | None, found_inf: Tensor | None, clock: Clock | None
     ) -> Launch:
-        inner, langevin = sc.inner, sc.family == "langevin"
-        outer = sc.outer or clock is not None  # with a clock, it may be one
-        noisy = sc.s != 0.0 and (inner or not langevin)
+        inner, outer, langevin = sc.inner, _may_end(sc, clock), sc.family == "langevin"
+        gamma, lr = ("", "") if clock is None else clock.law[:2]  # what they are; the numbers are then on the device
+        s_follows = clock is not None and _is_noisy(clock.law)
+        noisy = (s_follows or (sc.s != 0.0 and gamma != "variance" and lr != "inner")) and (inner or not langevin)
         stochastic = sc.rounding == "stochastic" and self._dtype == torch.bfloat16
-        plain_mean = clock is not None and clock.period_steps is not None
+        counted = clock is not None and clock.period_steps is not None
         momentum = inner and langevin and sc.mu != 0.0
 
         def number(value: float, plays: bool) -> Any:
@@ -164,15 +163,15 @@ class TritonPlan:
             None if clock is None else clock.numbers,
             inv_scale if inner else None,
             found_inf,
-            number(sc.eta, inner and langevin),
-            number(sc.k, inner and langevin and sc.k != 0.0 and clock is None),
-            number(sc.s, noisy),
-            number(sc.a, inner and sc.a != 0.0 and not plain_mean),
-            number(sc.c, inner and not langevin and sc.c != 0.0),
+            number(sc.eta, inner and langevin and lr != "inner"),
+            number(sc.k, inner and langevin and sc.k != 0.0 and gamma != "stiffness"),
+            number(sc.s, noisy and not s_follows),
+            number(sc.a, inner and sc.a != 0.0 and not counted),
+            number(sc.c, inner and not langevin and sc.c != 0.0 and gamma != "drift"),
             number(sc.wd, inner and sc.wd != 0.0),
             number(sc.mu, momentum),
             number(sc.damp1, momentum),
-            number(sc.lr, outer and clock is None),
+            number(sc.lr, outer and lr != "outer"),
             number(sc.mu_o, outer and sc.mu_o != 0.0),
             number(sc.wd_o, outer and sc.wd_o != 0.0),
             number(sc.kr, outer and sc.kr != 0.0),
@@ -181,13 +180,16 @@ class TritonPlan:
             self._block,
             langevin,
             inner,
-            sc.outer,
+            outer,
             sc.maximize,
             momentum and sc.nesterov,
             not momentum or sc.coupling_in_momentum,  # without a momentum the coupling has one place
             outer and sc.mu_o != 0.0 and sc.nesterov_o,
-            sc.a == 1.0 and not plain_mean,
-            plain_mean,
+            sc.a == 1.0 and not counted,
+            gamma,
+            lr,
+            s_follows,
+            counted,
             stochastic,
             self._has_master,
             self._pitched and (noisy or stochastic),
@@ -201,11 +203,13 @@ class TritonPlan:
         integers, settled = (to_int64(sc.seed), sc.step), (_stored(self._dtype), *flags)
         return Launch("step_kernel", self._blocks.numel(), self._warps, arguments, integers, settled, key)
 
-    def _advance(self, clock: Clock, inner: bool, found_inf: Tensor | None) -> Launch:
-        own = clock.step, clock.position, clock.outer_steps, clock.gamma, clock.lr, clock.period_steps, clock.numbers
-        arguments, settled = (*own, found_inf), (_stored(self._dtype), inner, clock.counts)
-        key = self._dtype, clock.lr.dtype, inner, clock.counts, tuple(map(type, arguments))
-        return Launch("advance_kernel", 1, 1, arguments, _integers(clock.rule), settled, key)
+    def _advance(self, clock: Clock, sc: Scalars, found_inf: Tensor | None) -> Launch:
+        law, own = clock.law, (clock.step, clock.position, clock.outer_steps, clock.gamma, clock.lr, clock.period_steps)
+        arguments = (*own, clock.numbers, found_inf)
+        flags = (sc.family == "langevin", sc.inner, *law[:3], _is_noisy(law), clock.counts)
+        key = self._dtype, clock.lr.dtype, flags, tuple(map(type, arguments))
+        integers = *_integers(clock.rule), _bits(law.temperature), _bits(sc.a)
+        return Launch("advance_kernel", 1, 1, arguments, integers, (_stored(self._dtype), *flags), key)
 
     def _encoded(self, value: float) -> float | int:
         """Return a scalar as a kernel takes it: Triton's own are float32, so one of float64 goes as its bits."""
@@ -247,6 +251,16 @@ class TritonPlan:
 
 
 make_plan = TritonPlan
+
+
+def _may_end(sc: Scalars, clock: Clock | None) -> bool:
+    """Whether there may be an outer step: with a clock, the device decides."""
+    return sc.outer if clock is None else clock.rule.inner_steps > 0
+
+
+def _is_noisy(law: Law) -> bool:
+    """Whether there is noise by a law, whose strength the device works out."""
+    return law.temperature != 0.0 and (law.gamma == "variance" or law.lr == "inner")
 
 
 def _bits(value: float) -> int:

@@ -13,6 +13,9 @@ namespace deeprelax {
 enum class Dtype : int { float32, float64, bfloat16, float16 };
 enum class Family : int { langevin, gradient_average };
 enum class Rounding : int { nearest, stochastic };
+enum class Gamma : int { stiffness, drift, variance };
+enum class Rate : int { outer, inner };
+enum class Average : int { mean, restart };
 
 // Where local element j lies in the logical, unsharded tensor: offset + (j / run) * pitch + j % run.
 struct Place {
@@ -53,24 +56,34 @@ struct Step {
   const float* found_inf = nullptr;  // where it holds a number other than 0 (NaN counts), the call writes nothing
 };
 
+// What gamma, lr and the steps of a period are in the formula: a method's way from them to the numbers of a step.
+struct Law {
+  Gamma gamma = Gamma::stiffness;   // stiffness: k = 1/gamma; drift: c = gamma; variance: s = sqrt(gamma*temperature)
+  Rate lr = Rate::outer;            // outer: lr is that of the outer step; inner: eta = lr, s = sqrt(2*lr*temperature)
+  Average average = Average::mean;  // mean: a = 1/n for the n-th sample; restart: 1 for the first, Step's a after it
+  double temperature = 0;           // 0: no noise, whatever is under the root
+};
+
 // Counters and values in the memory of the device that takes the steps, so that a captured graph goes on counting (with
-// deeprelax_cuda: capturable=True). A call with a clock takes `outer`, `k`, `lr` and the noise's `step` from it in place of
-// Step's, and `a` too where there are period_steps: the call is the next inner step of its period, and ends it when it is the
-// last. The pointers are to the device's memory, the rest are plain numbers.
+// deeprelax_cuda: capturable=True). A call with a clock takes `outer`, the noise's `step` and what its law determines from it
+// in place of Step's, and `a` too where there are period_steps: the call is the next inner step of its period, and ends it when
+// it is the last. In the gradient average only a period that has counted a gradient ends in an outer step, where there are
+// period_steps. The pointers are to the device's memory, the rest are plain numbers.
 struct Clock {
-  int64_t* step;          // inner steps taken
-  int64_t* position;      // of them in this period
-  int64_t* outer_steps;   // periods
-  double* gamma;          // 1/k
+  int64_t* step;         // inner steps taken
+  int64_t* position;     // of them in this period
+  int64_t* outer_steps;  // periods
+  double* gamma;
   const void* lr;         // a double, or a float where lr_is_float
-  int64_t* period_steps;  // steps in the period's plain mean, a = 1/period_steps; null for a constant a
+  int64_t* period_steps;  // samples in the period's average, below 0 before the first that counts; null for a constant a
   void* numbers;          // kClockNumbers bytes at an address that 16 divides, for the numbers of the call
   bool lr_is_float;
-  bool counts;  // whether this call moves the counters on; of several that share them it is the last
-  int64_t inner_steps;
+  bool counts;          // whether this call moves the counters on; of several that share them it is the last
+  int64_t inner_steps;  // 0: no period ends
   double initial_gamma, scoping, gamma_min;
   double gamma_total;  // 0: gamma follows `scoping`
   double inner_lr;     // the initial one, by which time runs with gamma_total
+  Law law = {};
 };
 constexpr int64_t kClockNumbers = 256;
 
