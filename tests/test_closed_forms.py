@@ -77,14 +77,14 @@ FIXED_POINTS: list[dict[str, Any]] = [
 ]
 
 
-def fixed_point(options: dict[str, Any]) -> Scores:
+def fixed_point(options: dict[str, Any], **shared: Any) -> Scores:
     """Take three periods on f = h/2 y^2: with p* = h x/(1 + gamma*h), the distance of p to it falls by a factor a step.
 
     The first gradient of a period is h*x; each that follows multiplies the distance by 1 - a*(1 + gamma*h).
     """
     p = nn.Parameter(STARTS.clone())
     options = {**ANY, "lr": 0.3, **options}
-    optimizer = dr.HamiltonJacobi([p], **options)
+    optimizer = dr.HamiltonJacobi([p], **options, **shared)
     length, averaging = options["inner_steps"], options.get("averaging", 0.75)
     scores, x = {}, STARTS.clone()
     for period in range(3):
@@ -113,7 +113,9 @@ def all_fixed_points() -> Scores:
 
 @pytest.mark.parametrize("options", FIXED_POINTS, ids=str)
 def test_the_fixed_point_goes_to_its_closed_form(options: dict[str, Any]) -> None:
-    assert is_right(fixed_point(options), 1.0), fixed_point(options)
+    for clocked in (False, True):
+        scores = fixed_point(options, capturable=clocked)
+        assert is_right(scores, 1.0), (clocked, scores)
 
 
 def test_a_long_period_ends_in_the_gradient_of_the_envelope() -> None:
@@ -223,7 +225,7 @@ def deviation_of_slope(w: float, x: float, std: float, mean: float, power: int, 
     return (-w * np.sin(w * (x + std * z)) - mean) ** power
 
 
-def heat_on_cosines(n: int = N, backend: str = "auto") -> Scores:
+def heat_on_cosines(n: int = N, **options: Any) -> Scores:
     """Take three periods on f = cos(w y), lr 0, so that each is a sample about the same x; look at the p of each.
 
     p is a mean over ``LENGTH`` gradients, in the first period over one less, at y = x + sqrt(gamma*T) z, so its mean is
@@ -232,7 +234,7 @@ def heat_on_cosines(n: int = N, backend: str = "auto") -> Scores:
     groups = []
     for _, x, gamma, temperature in WAVES:
         groups.append({"params": [nn.Parameter(torch.full((n,), x))], "gamma": gamma, "temperature": temperature})
-    optimizer = dr.HeatSGD(groups, lr=0.0, inner_steps=LENGTH, scoping=0.0, momentum=0.0, seed=3, backend=backend)
+    optimizer = dr.HeatSGD(groups, lr=0.0, inner_steps=LENGTH, scoping=0.0, momentum=0.0, seed=3, **options)
     params = [group["params"][0] for group in groups]
     scores: Scores = {}
     for step in range(3 * LENGTH):
@@ -263,8 +265,9 @@ def test_heat_on_cosines() -> None:
     assert 0.6 < math.sqrt(sum(score**2 for score in scores.values()) / len(scores)) < 1.5
 
 
-def test_heat_on_cosines_in_eager() -> None:
-    scores = heat_on_cosines(20_000, "eager")
+@pytest.mark.parametrize("options", [{"backend": "eager"}, {"capturable": True}], ids=str)
+def test_so_is_heat_in_eager_and_with_a_clock(options: dict[str, Any]) -> None:
+    scores = heat_on_cosines(20_000, **options)
     assert is_right(scores, BOUND), scores
 
 
@@ -330,13 +333,13 @@ SAMPLERS: tuple[tuple[float, float, dict[str, Any]], ...] = (
 LOOKS = (1, 2, 5, 40)
 
 
-def sgld(n: int = N, backend: str = "auto") -> Scores:
+def sgld(n: int = N, **shared: Any) -> Scores:
     """Take steps on f = h/2 y^2 from y = x: a recursion of order one, with the factor b = 1 - lr*H a step.
 
     Mean x/(gamma*H) + b^n x (1 - 1/(gamma*H)), variance T/(H (1 - lr*H/2)) (1 - b^(2n)), H = h + weight_decay + 1/gamma.
     """
     groups = [{"params": [nn.Parameter(torch.full((n,), start))], **options} for _, start, options in SAMPLERS]
-    optimizer = dr.SGLD(groups, lr=0.1, temperature=1.0, seed=6, backend=backend)
+    optimizer = dr.SGLD(groups, lr=0.1, temperature=1.0, seed=6, **shared)
     params = [group["params"][0] for group in groups]
     for p in params:
         p.grad = torch.empty_like(p)
@@ -362,8 +365,9 @@ def test_sgld_on_quadratics() -> None:
     assert 0.6 < math.sqrt(sum(score**2 for score in scores.values()) / len(scores)) < 1.5
 
 
-def test_sgld_on_quadratics_in_eager() -> None:
-    scores = sgld(5_000, "eager")
+@pytest.mark.parametrize("options", [{"backend": "eager"}, {"capturable": True}], ids=str)
+def test_so_is_sgld_in_eager_and_with_a_clock(options: dict[str, Any]) -> None:
+    scores = sgld(5_000, **options)
     assert is_right(scores, BOUND), scores
 
 
