@@ -11,6 +11,7 @@ from contract_cases import Case, run, same
 from step_lists import Lists
 from torch import Tensor
 
+import deeprelax_cuda as dr
 from deeprelax_cuda.backends import triton
 
 NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -23,6 +24,24 @@ KERNELS = ("cuda", TRITON)
 BACKENDS = (*KERNELS, "eager")
 #: Cycles for which a stream is kept busy: half a second or so, in which a host that does not wait gets far ahead.
 LONG = 10**9
+#: Inner steps of a period of `optimizer_on`.
+L = 3
+#: Settings under which everything moves; a method without "inner_steps" has no periods.
+METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "EntropySGD": (dr.EntropySGD, {"inner_steps": L, "gamma": 2.0, "scoping": 0.1, "temperature": 1e-3}),
+    "HamiltonJacobi": (dr.HamiltonJacobi, {"inner_steps": L, "gamma": 0.5, "scoping": 0.1}),
+    "HeatSGD": (dr.HeatSGD, {"inner_steps": L, "gamma": 2.0, "scoping": 0.1, "temperature": 1e-3}),
+    "SGLD": (dr.SGLD, {"lr": 0.05, "gamma": 2.0, "temperature": 1e-3}),
+}
+
+
+def optimizer_of(params: Iterable[Any], method: str = "EntropySGD", **options: Any) -> Any:
+    make, settings = METHODS[method]
+    return make(params, **{**settings, "seed": 11, **options})
+
+
+def has_periods(optimizer: Any) -> bool:
+    return optimizer.param_groups[0]["inner_steps"] is not None
 
 
 def lists_on(lists: Lists, device: torch.device | str) -> Lists:

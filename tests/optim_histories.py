@@ -6,16 +6,18 @@ import math
 import pickle
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from contract_cases import same
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from deeprelax_cuda.optim import EntropySGD
+from deeprelax_cuda.optim import SGLD, EntropySGD, HamiltonJacobi, HeatSGD
+from deeprelax_cuda.optim.base import RelaxationOptimizer
 
 Action = tuple[Any, ...]
 Facts = dict[str, Any]
@@ -33,9 +35,27 @@ class ParamSpec:
 
 
 @dataclass(frozen=True)
+class Method:
+    """An optimizer, and the options that are drawn for a group of it and for all groups.
+
+    ``elsewhere`` are options of one that gets another's state, and ``refused`` such that a step with them is. ``evaluates``:
+    whether the weights that `eval` shows are others than those of training.
+    """
+
+    name: str
+    make: Callable[..., RelaxationOptimizer]
+    numbers: st.SearchStrategy[dict[str, Any]]
+    shared: st.SearchStrategy[dict[str, Any]]
+    elsewhere: dict[str, Any]
+    refused: dict[str, Any]
+    evaluates: bool = True
+
+
+@dataclass(frozen=True)
 class History:
     """Parameters, dealt out to groups in order, and what is done with them; ``late`` is the group that an action may add."""
 
+    method: Method = field(repr=False)
     groups: tuple[tuple[ParamSpec, ...], ...]
     numbers: tuple[dict[str, Any], ...]
     shared: dict[str, Any]
@@ -53,34 +73,87 @@ def param_specs(draw: Any, dtypes: Sequence[torch.dtype], most: int) -> tuple[Pa
     return tuple(draw(st.lists(spec, min_size=1, max_size=most)))
 
 
-#: Numbers of one group. The powers of 1 + scoping are exact in any order of their products.
-NUMBERS = st.fixed_dictionaries(
-    {
-        "lr": st.sampled_from([0.1, 0.5, 1.0]),
-        "inner_lr": st.sampled_from([0.1, 0.03]),
-        "gamma": st.sampled_from([0.5, 2.0, 1e4, math.inf]),
-        "scoping": st.sampled_from([0.0, 0.25, 0.5]),
-        "gamma_min": st.sampled_from([0.25, 0.5]),
-        "gamma_total": st.sampled_from([None, None, 3.0]),
-        "temperature": st.sampled_from([0.0, 1e-3, 0.1]),
-        "averaging": st.sampled_from([0.75, 0.0, 0.3, "linear", "last"]),
-        "momentum": st.sampled_from([0.9, 0.5, 0.0]),
-        "inner_momentum": st.sampled_from([0.9, 0.5, 0.0]),
-        "nesterov": st.booleans(),
-        "dampening": st.sampled_from([0.0, 0.25]),
-        "weight_decay": st.sampled_from([0.0, 0.01]),
-        "outer_weight_decay": st.sampled_from([0.0, 0.01]),
-        "maximize": st.booleans(),
-    }
+#: Numbers of one group that every method has.
+NUMBERS: dict[str, Any] = {
+    "lr": st.sampled_from([0.1, 0.5, 1.0]),
+    "weight_decay": st.sampled_from([0.0, 0.01]),
+    "maximize": st.booleans(),
+}
+#: And those of periods and outer steps. The powers of 1 + scoping are exact in any order of their products.
+LOOP: dict[str, Any] = {
+    **NUMBERS,
+    "gamma": st.sampled_from([0.5, 2.0, 0.03, 9.0]),
+    "scoping": st.sampled_from([0.0, 0.25, 0.5]),
+    "gamma_min": st.sampled_from([0.25, 0.5]),
+    "momentum": st.sampled_from([0.9, 0.5, 0.0]),
+    "nesterov": st.booleans(),
+    "outer_weight_decay": st.sampled_from([0.0, 0.01]),
+}
+INNER: dict[str, Any] = {"inner_lr": st.sampled_from([0.1, 0.03]), "inner_momentum": st.sampled_from([0.9, 0.5, 0.0])}
+TEMPERATURE = st.sampled_from([0.0, 1e-3, 0.1])
+AVERAGING = [0.75, 0.0, 0.3, "linear", "last"]
+SEED = st.sampled_from([0, 11, 2**63 + 5, 2**64 - 1])
+ELSEWHERE = {"lr": 0.9, "gamma": 77.0, "seed": 99}
+
+
+def drawn(options: dict[str, Any], **others: Any) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries({**options, **others})
+
+
+ENTROPY_SGD = Method(
+    "EntropySGD",
+    EntropySGD,
+    drawn(
+        {**LOOP, **INNER},
+        gamma=st.sampled_from([0.5, 2.0, 1e4, math.inf]),
+        gamma_total=st.sampled_from([None, None, 3.0]),
+        temperature=TEMPERATURE,
+        averaging=st.sampled_from(AVERAGING),
+        dampening=st.sampled_from([0.0, 0.25]),
+    ),
+    drawn(
+        {"inner_steps": st.integers(1, 4), "seed": SEED},
+        coupling_in_momentum=st.booleans(),
+        reset_inner_momentum=st.booleans(),
+    ),
+    {**ELSEWHERE, "inner_lr": 0.9, "temperature": 0.9},
+    {"inner_lr": math.inf},
 )
-SHARED = st.fixed_dictionaries(
-    {
-        "inner_steps": st.integers(1, 4),
-        "seed": st.sampled_from([0, 11, 2**63 + 5, 2**64 - 1]),
-        "coupling_in_momentum": st.booleans(),
-        "reset_inner_momentum": st.booleans(),
-    }
+FIXED_POINT = Method(
+    "HamiltonJacobi fixed point",
+    HamiltonJacobi,
+    drawn(LOOP, averaging=st.sampled_from([None, *AVERAGING])),
+    drawn({"inner_steps": st.integers(1, 4), "seed": SEED}, inner=st.just("fixed_point")),
+    {**ELSEWHERE, "inner": "prox"},
+    {"averaging": "mean"},
 )
+PROX = Method(
+    "HamiltonJacobi prox",
+    HamiltonJacobi,
+    drawn({**LOOP, **INNER}, gamma=st.sampled_from([0.5, 2.0, 1e4]), averaging=st.sampled_from([None, "last"])),
+    drawn({"inner_steps": st.integers(1, 4), "seed": SEED}, inner=st.just("prox")),
+    {**ELSEWHERE, "inner_lr": 0.9},
+    {"inner_lr": math.inf},
+)
+HEAT = Method(
+    "HeatSGD",
+    HeatSGD,
+    drawn(LOOP, temperature=TEMPERATURE),
+    drawn({"inner_steps": st.integers(2, 4), "seed": SEED}),
+    {**ELSEWHERE, "temperature": 0.9},
+    {"temperature": -1.0},
+)
+SAMPLES = Method(
+    "SGLD",
+    SGLD,
+    drawn(NUMBERS, gamma=st.sampled_from([0.5, 2.0, math.inf]), temperature=TEMPERATURE),
+    drawn({"seed": SEED}),
+    {**ELSEWHERE, "temperature": 0.9},
+    {"temperature": -1.0},
+    evaluates=False,
+)
+METHODS = [ENTROPY_SGD, FIXED_POINT, HEAT, PROX, SAMPLES]
+over_methods = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 STEP = st.tuples(st.just("step"), st.one_of(st.just(ALL), st.integers(0, 255)), st.integers(0, 3))
 BETWEEN = st.one_of(
     st.tuples(st.just("eval")),
@@ -98,8 +171,10 @@ BETWEEN = st.one_of(
 
 
 @st.composite
-def histories(draw: Any, most_groups: int = 3) -> History:
-    shared = dict(draw(SHARED))
+def histories(draw: Any, method: Method | None = None, most_groups: int = 3) -> History:
+    """Of ``method``, or of one that is drawn."""
+    method = method or draw(st.sampled_from(METHODS))
+    shared = dict(draw(method.shared))
     storage = draw(st.sampled_from(["nearest", "stochastic", "masters"]))
     shared |= {"rounding": "stochastic"} if storage == "stochastic" else {"master_weights": storage == "masters"}
     dtypes = DTYPES[:3] if storage == "stochastic" else DTYPES  # there is no stochastic rounding to float16
@@ -107,8 +182,9 @@ def histories(draw: Any, most_groups: int = 3) -> History:
     between = st.tuples(st.sampled_from([(), (), (("eval",),)]), st.lists(BETWEEN, max_size=2))  # often in eval mode
     acted = draw(st.lists(st.tuples(STEP, between), min_size=3, max_size=9))
     return History(
+        method=method,
         groups=tuple(groups),
-        numbers=tuple(draw(NUMBERS) for _ in range(len(groups) + 1)),
+        numbers=tuple(draw(method.numbers) for _ in range(len(groups) + 1)),
         shared=shared,
         actions=tuple(action for step, (mode, others) in acted for action in (step, *mode, *others)),
         late=draw(param_specs(dtypes, 2)),
@@ -165,8 +241,8 @@ class Player:
         pairs = zip(self.history.groups, self.history.numbers, strict=False)
         return [{"params": self.new_params(specs), **numbers} for specs, numbers in pairs]
 
-    def construct(self, groups: list[dict[str, Any]]) -> EntropySGD:
-        return EntropySGD(groups, **self.options)
+    def construct(self, groups: list[dict[str, Any]]) -> Any:
+        return self.history.method.make(groups, **{**self.history.method.elsewhere, **self.options})
 
     def act(self, name: str, *details: Any) -> None:
         self.acted += 1
@@ -205,7 +281,7 @@ class Player:
         """Go on with another optimizer of the same parameters, which has other defaults and gets the state."""
         state = pickle.loads(pickle.dumps(self.optimizer.state_dict()))
         groups = [{"params": group["params"]} for group in self.optimizer.param_groups]
-        self.optimizer = EntropySGD(groups, lr=0.9, inner_lr=0.9, gamma=77.0, temperature=0.9, seed=99)
+        self.optimizer = self.history.method.make(groups, **self.history.method.elsewhere)
         self.optimizer.load_state_dict(state)
 
     def lr(self, index: int, value: float) -> None:
@@ -244,7 +320,20 @@ class Player:
     def facts_of(self, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Facts:
         number = next(i for i, q in enumerate(self.params) if q is p)
         values = {"param": p, **state, **{name: group[name] for name in GROUP_FACTS}}
+        if "period_steps" in state:
+            values["period_steps"] = int(state["period_steps"])  # in a tensor or in a number
         return {f"{name} of {number}": v.detach().clone() if isinstance(v, Tensor) else v for name, v in values.items()}
+
+
+class Clocked(Player):
+    """Has its counters, gamma and lr on the device; SGLD then keeps an anchor where nothing is coupled to it, too."""
+
+    def __init__(self, history: History, **options: Any) -> None:
+        super().__init__(history, capturable=True, **options)
+
+    def facts_of(self, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Facts:
+        idle = self.history.method is SAMPLES and group["gamma"] == math.inf
+        return super().facts_of(p, {role: t for role, t in state.items() if role != "anchor"} if idle else state, group)
 
 
 GROUP_FACTS = ("step", "position", "outer_steps", "gamma", "lr", "train_mode", "seed")

@@ -6,8 +6,10 @@ What a graph adds to that is tested where there is a GPU (tests/gpu).
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import pickle
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,6 +137,23 @@ def test_groups_types_and_parameters_that_come_late(averaging: Any) -> None:
                 params[4].grad = None
             optimizer.step()
     assert_same(plain, clocked)
+
+
+@pytest.mark.parametrize("make_one", [dr.HeatSGD, dr.HamiltonJacobi], ids=lambda make_one: make_one.__name__)
+def test_a_count_that_a_graph_writes_to_stays(make_one: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step without one of the gradients counts elsewhere from then on; the graph goes on writing where it did."""
+    params = weights()
+    optimizer = make_one(params, inner_steps=L, seed=3, capturable=True)
+    run(optimizer, params, range(2))
+    monkeypatch.setattr("deeprelax_cuda.optim.clocks.is_capturing", lambda groups: True)
+    run(optimizer, params, range(2, 3))
+    monkeypatch.undo()
+    count = weakref.ref(optimizer.state[params[0]]["period_steps"])
+    params[1].grad = None
+    optimizer.step()
+    assert optimizer.state[params[0]]["period_steps"] is not count()
+    gc.collect()
+    assert count() is not None
 
 
 def test_a_step_reads_nothing_off_the_device() -> None:

@@ -22,13 +22,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optim_histories import (
     ALL,
+    ENTROPY_SGD,
+    FIXED_POINT,
+    HEAT,
+    PROX,
+    SAMPLES,
+    Clocked,
     Facts,
     History,
+    Method,
     ParamSpec,
     Player,
     assert_same,
     every,
     histories,
+    over_methods,
     play_alike,
 )
 from torch import Tensor, nn
@@ -42,11 +50,22 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.skipif(len(backends.available("cpu")) < 2, reason="there is one backend only")
-@every(120)
-@given(histories())
+@over_methods
+@every(60)
+@given(data=st.data())
 @pytest.mark.slow
-def test_backends_agree(history: History) -> None:
+def test_backends_agree(method: Method, data: st.DataObject) -> None:
+    history = data.draw(histories(method))
     play_alike(*(Player(history, backend=name) for name in backends.available("cpu")))
+
+
+@over_methods
+@every(25)
+@given(data=st.data())
+@pytest.mark.slow
+def test_clocks_agree_with_the_host(method: Method, data: st.DataObject) -> None:
+    history = data.draw(histories(method))
+    play_alike(Player(history), *(Clocked(history, backend=name) for name in backends.available("cpu")))
 
 
 class OnInstructionSet(Player):
@@ -70,9 +89,20 @@ def test_instruction_sets_agree(history: History) -> None:
 
 
 class ByHand(Player):
-    """The method as its definition says it, without an optimizer: the arithmetic of a step is the oracle's."""
+    """The method as its definition says it, without an optimizer: the arithmetic of a step is the oracle's.
 
-    ROLES: ClassVar = {"anchor": "x", "average": "m", "momentum": "v", "outer_momentum": "w", "master": "master"}
+    A parameter's "period_steps" here is the number of its gradients in this period, of those that count: where it was put down
+    anew, HEAT has had none yet at a point of its own, which -1 stands for.
+    """
+
+    ROLES: ClassVar = {
+        "anchor": "x",
+        "average": "m",
+        "gradient_average": "p",
+        "momentum": "v",
+        "outer_momentum": "w",
+        "master": "master",
+    }
 
     def construct(self, groups: list[dict[str, Any]]) -> None:
         self.taken = self.position = self.outer_steps = 0
@@ -94,9 +124,9 @@ class ByHand(Player):
 
     def gamma(self, group: dict[str, Any]) -> float:
         n = self.outer_steps
-        if group["gamma_total"] is not None:
+        if group.get("gamma_total") is not None:
             return max(group["gamma_min"], group["gamma_total"] - n * self.options["inner_steps"] * group["inner_lr"])
-        if group["scoping"] == 0.0 or group["gamma"] == math.inf:
+        if group.get("scoping", 0.0) == 0.0 or group["gamma"] == math.inf:
             return group["gamma"]
         return max(group["gamma_min"], group["gamma"] / (1.0 + group["scoping"]) ** n)
 
@@ -112,7 +142,7 @@ class ByHand(Player):
         if all(g is None for g in self.grads):
             return
         self.train()
-        ends = self.position + 1 == self.options["inner_steps"]
+        ends = self.position + 1 == self.options.get("inner_steps")
         for group in self.groups:
             for i in group["members"]:
                 if self.grads[i] is not None or (ends and self.states[i]):
@@ -121,36 +151,26 @@ class ByHand(Player):
         self.position += 1
         if ends:
             self.outer_steps += 1
-            self.start_period()
+            self.end_period()
 
     def update(self, i: int, group: dict[str, Any], grad: Tensor | None, ends: bool) -> None:
         p, state = self.params[i].data, self.states[i]
         if not state:
             state |= self.beginning(p, group)
-        if group["averaging"] == "linear" and grad is not None:
+        if "period_steps" in state and grad is not None:
             state["period_steps"] += 1
-        a = {"linear": 1.0 / max(state.get("period_steps", 1), 1), "last": 1.0}.get(group["averaging"])
         arrays = {"y": in_memory(p, p)} | ({} if grad is None else {"g": in_memory(grad, p)})
         arrays |= {name: in_memory(state[role], p) for role, name in self.ROLES.items() if role in state}
         new = oracle.update(
             arrays,
-            "langevin",
+            **self.formula(group, state.get("period_steps"), ends),
             inner=grad is not None,
-            outer=ends,
-            eta=group["inner_lr"],
-            k=1.0 / self.gamma(group),
-            s=math.sqrt(2.0 * group["inner_lr"] * group["temperature"]),
-            a=1.0 - group["averaging"] if a is None else a,
             wd=group["weight_decay"],
-            mu=group["inner_momentum"],
-            damp1=1.0 - group["dampening"],
-            nesterov=group["nesterov"],
-            coupling_in_momentum=self.options["coupling_in_momentum"],
             maximize=group["maximize"],
             lr=group["lr"],
-            mu_o=group["momentum"],
-            wd_o=group["outer_weight_decay"],
-            nesterov_o=group["nesterov"],
+            mu_o=group.get("momentum", 0.0),
+            wd_o=group.get("outer_weight_decay", 0.0),
+            nesterov_o=group.get("nesterov", False),
             seed=self.options["seed"],
             step=self.taken,
             number=i,
@@ -159,30 +179,74 @@ class ByHand(Player):
         p.copy_(out_of_memory(new["y"], p))
         state |= {role: out_of_memory(new[name], p) for role, name in self.ROLES.items() if role in state}
 
+    def formula(self, group: dict[str, Any], count: int | None, ends: bool) -> dict[str, Any]:
+        """What the inner step of each method is, for the ``count``-th gradient of a parameter's period."""
+        method, gamma = self.history.method, self.gamma(group)
+        plain_mean = 0.0 if count is None or count < 1 else 1.0 / count
+        if method is SAMPLES:
+            s = math.sqrt(2.0 * group["lr"] * group["temperature"])
+            return {"family": "langevin", "outer": False, "eta": group["lr"], "k": 1.0 / gamma, "s": s}
+        if method is PROX:
+            pulled = {"eta": group["inner_lr"], "k": 1.0 / gamma, "mu": group["inner_momentum"], "nesterov": group["nesterov"]}
+            return {"family": "langevin", "outer": ends, "a": 1.0, **pulled}
+        if method is ENTROPY_SGD:
+            averaging = {"linear": plain_mean, "last": 1.0}.get(group["averaging"])
+            return {
+                "family": "langevin",
+                "outer": ends,
+                "eta": group["inner_lr"],
+                "k": 1.0 / gamma,
+                "s": math.sqrt(2.0 * group["inner_lr"] * group["temperature"]),
+                "a": 1.0 - group["averaging"] if averaging is None else averaging,
+                "mu": group["inner_momentum"],
+                "damp1": 1.0 - group["dampening"],
+                "nesterov": group["nesterov"],
+                "coupling_in_momentum": self.options["coupling_in_momentum"],
+            }
+        moves = {"family": "gradient_average", "outer": ends and count >= 1}  # without a gradient there is nothing to go along
+        if method is HEAT:
+            return {**moves, "a": plain_mean, "s": math.sqrt(gamma * group["temperature"])}
+        averaging = 0.75 if group["averaging"] is None else group["averaging"]
+        damped = {"linear": plain_mean, "last": 1.0}.get(averaging)
+        a = 1.0 if count == 1 else 1.0 - averaging if damped is None else damped
+        return {**moves, "a": a, "c": gamma}
+
     def beginning(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         x = p.to(torch.float64 if p.dtype == torch.float64 else torch.float32, copy=True)
+        method = self.history.method
+        master = {"master": x.clone()} if self.options.get("master_weights") and p.dtype.itemsize == 2 else {}
+        if method is SAMPLES:
+            return master | ({} if group["gamma"] == math.inf else {"anchor": x})
+        means = method in (FIXED_POINT, HEAT)
+        counted = means or group["averaging"] == "linear"
         return {
             "anchor": x,
-            "average": x.clone(),
-            **({"momentum": torch.zeros_like(x)} if group["inner_momentum"] else {}),
+            **({"gradient_average": torch.zeros_like(x)} if means else {"average": x.clone()}),
+            **({"momentum": torch.zeros_like(x)} if group.get("inner_momentum") else {}),
             **({"outer_momentum": torch.zeros_like(x)} if group["momentum"] else {}),
-            **({"master": x.clone()} if self.options.get("master_weights") and p.dtype.itemsize == 2 else {}),
-            **({"period_steps": 0} if group["averaging"] == "linear" else {}),
+            **({"period_steps": -1 if method is HEAT else 0} if counted else {}),
+            **master,
         }
 
-    def start_period(self) -> None:
+    def end_period(self) -> None:
         self.position = 0
         for _, state in self.stepped():
-            if "period_steps" in state:
+            if state.get("period_steps", -1) >= 0:
                 state["period_steps"] = 0
-            if "momentum" in state and self.options["reset_inner_momentum"]:
+            if "momentum" in state and self.options.get("reset_inner_momentum"):
                 state["momentum"].zero_()
 
+    def begin_anew(self) -> None:
+        self.end_period()
+        for _, state in self.stepped():
+            if "period_steps" in state and self.history.method is HEAT:
+                state["period_steps"] = -1
+
     def eval(self) -> None:
-        for p, state in self.stepped() if self.training else ():
+        for p, state in self.stepped() if self.training and self.history.method.evaluates else ():
             state["live"] = p.clone()
             p.copy_(state["anchor"])
-        self.training = False
+        self.training = not self.history.method.evaluates
 
     def train(self) -> None:
         for p, state in self.stepped() if not self.training else ():
@@ -190,17 +254,19 @@ class ByHand(Player):
         self.training = True
 
     def consolidate(self) -> None:
+        if not self.history.method.evaluates:
+            return
         for p, state in self.stepped():
             p.copy_(state["anchor"])
             for role in state.keys() & {"average", "master", "live"}:
                 state[role].copy_(state["anchor"])
-        self.start_period()
+        self.begin_anew()
 
     def reset(self) -> None:
         for p, state in self.stepped():
             for role in state.keys() & {"anchor", "average", "master", "live"}:
                 state[role].copy_(p)
-        self.start_period()
+        self.begin_anew()
 
     def reload(self) -> None:
         """Nothing of the method changes."""
@@ -238,10 +304,12 @@ def out_of_memory(array: np.ndarray, p: Tensor) -> Tensor:
     return t
 
 
-@every(120)
-@given(histories())
+@over_methods
+@every(60)
+@given(data=st.data())
 @pytest.mark.slow
-def test_step_is_the_method_of_each_parameter(history: History) -> None:
+def test_step_is_the_method_of_each_parameter(method: Method, data: st.DataObject) -> None:
+    history = data.draw(histories(method))
     play_alike(ByHand(history), Player(history))
 
 
@@ -293,11 +361,13 @@ class Evaluating(Player):
     def step(self, mask: int, layout: int) -> None:
         super().step(mask, layout)
         in_training = self.optimizer.param_groups[0]["train_mode"]
+        samples = [p.detach().clone() for p in self.params]
         for _ in range(self.trips):
             self.optimizer.eval()
-            for p in self.params:
+            for p, sample in zip(self.params, samples, strict=True):
                 if state := self.optimizer.state.get(p):
-                    assert same(p.detach(), state["anchor"].to(p.dtype))
+                    shown = state["anchor"].to(p.dtype) if self.history.method.evaluates else sample
+                    assert same(p.detach(), shown)
             self.optimizer.train()
         if not in_training:
             self.optimizer.eval()
@@ -429,7 +499,7 @@ class Refused(Player):
     @contextlib.contextmanager
     def spoilt(self, how: str, p: nn.Parameter, group: dict[str, Any]) -> Iterator[None]:
         """Make the step impossible meanwhile, by ``p`` or its gradient, or by the numbers of ``group``."""
-        spoilt = OPTIONS_THAT_ARE_REFUSED.get(how, {})
+        spoilt = self.history.method.refused if how == "own option" else OPTIONS_THAT_ARE_REFUSED.get(how, {})
         options, data = {name: group[name] for name in spoilt}, p.data
         group.update(spoilt)
         if how == "type":
@@ -452,11 +522,11 @@ class Refused(Player):
 OPTIONS_THAT_ARE_REFUSED = {
     "rounding": {"rounding": "up"},
     "gamma": {"gamma": 0.0},
-    "inner_lr": {"inner_lr": math.inf},
+    "lr": {"lr": math.inf},
     "backend": {"backend": "abacus"},
 }
 SPOILERS = st.tuples(
-    st.sampled_from(["type", "shape", "sparse", "overlap", "gaps", *OPTIONS_THAT_ARE_REFUSED]), st.integers(0, 7)
+    st.sampled_from(["type", "shape", "sparse", "overlap", "gaps", "own option", *OPTIONS_THAT_ARE_REFUSED]), st.integers(0, 7)
 )
 
 

@@ -32,7 +32,7 @@ from contract_cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from optim_histories import History, Player, every, histories, play_alike
+from optim_histories import Clocked, Method, Player, every, histories, over_methods, play_alike
 
 from deeprelax_cuda.backends import cpu, triton, triton_launch
 from deeprelax_cuda.noise import Place, as_place
@@ -226,18 +226,21 @@ def test_a_clock_in_every_type(name: str, dtype: torch.dtype, linear: bool) -> N
 
 
 @pytest.mark.slow
-@every(8)
-@given(histories())
-def test_histories_of_an_optimizer(history: History) -> None:
+@over_methods
+@every(4)
+@given(data=st.data())
+def test_histories_of_an_optimizer(method: Method, data: st.DataObject) -> None:
+    history = data.draw(histories(method, most_groups=2))
     play_alike(Player(history, backend="cpu"), Player(history, backend="triton"))
 
 
 @pytest.mark.slow
-@every(8)
-@given(histories())
-def test_histories_of_an_optimizer_with_clocks(history: History) -> None:
-    if history.shared.get("closure_mode") != "inner_loop":
-        play_alike(Player(history, backend="cpu"), Player(history, backend="triton", capturable=True))
+@over_methods
+@every(4)
+@given(data=st.data())
+def test_histories_of_an_optimizer_with_clocks(method: Method, data: st.DataObject) -> None:
+    history = data.draw(histories(method, most_groups=2))
+    play_alike(Player(history, backend="cpu"), Clocked(history, backend="triton"))
 
 
 # ---- The host's part ---------------------------------------------------------------------------------------------------------

@@ -70,6 +70,7 @@ class Clocks:
         self._own: dict[tuple[int, str], Tensor] = {}
         self._scratch: dict[tuple[int, int, torch.device], Tensor] = {}
         self._idle: dict[tuple[int, str, torch.device], tuple[Tensor, Plan]] = {}
+        self._in_graphs: dict[int, Tensor] = {}  # the counts that captured steps write to, by their ids
 
     def settle(self, groups: Sequence[Group]) -> None:
         """Put tensors on the device in the place of numbers that were put in theirs: by a user, or by loading.
@@ -132,6 +133,8 @@ class Clocks:
         scratch = self._scratch.get((index, ordinal, device))
         if scratch is None:
             scratch = self._scratch[index, ordinal, device] = torch.empty(NUMBERS, dtype=torch.uint8, device=device)
+        if period_steps is not None and is_capturing(groups):
+            self._in_graphs[id(period_steps)] = period_steps  # later steps may count in another
         return Clock(**own, period_steps=period_steps, numbers=scratch, counts=counts, rule=rule_of(group), law=law)
 
     def count_alone(self, groups: Sequence[Group], index: int, backend: str) -> None:

@@ -174,7 +174,7 @@ def _make_calls(
         if group["capturable"] and len(devices := dict.fromkeys(p.device for p in params)) > 1:
             found = ", ".join(map(str, devices))
             raise ValueError(f"capturable: expected the parameters of a group on one device, got {found} in group {number}")
-        states = [state.get(p, no_state) for p in params]
+        states = [state.get(p, {}) for p in params]  # each a dict of its own, also of a method that puts nothing in
         grads_here = [p.grad for p in params]
         inner = [g is not None for g in grads_here]
         every = needs(group, params[0].dtype if params else torch.float32)  # what holds for all types

@@ -40,8 +40,9 @@ class SGLD(RelaxationOptimizer):
         params: as for every `torch.optim.Optimizer`; see `EntropySGD`.
         lr: the step along the gradient, which also sets the noise; what LR schedulers change.
         temperature: T.
-        gamma: the width of the coupling to x, in (0, inf]; the group's "gamma" is its current value. With ``capturable`` an x
-            is kept for ``inf`` too.
+        gamma: the width of the coupling to x, in (0, inf]; the group's "gamma" is its current value. Set from ``inf`` to a
+            number in mid-run, it makes x at that step, where y then is; with ``capturable`` an x is kept for ``inf`` too, and
+            is where y was at the first step.
         weight_decay: added to the gradient.
         maximize: sample exp(f/T) instead.
         seed, backend, rounding, master_weights, capturable, foreach, fused, differentiable: as for `EntropySGD`.

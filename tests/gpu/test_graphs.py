@@ -12,7 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from device_runs import DEVICE, KERNELS, NEEDS_GPU, assert_lists_equal, assert_states_equal, lists_on
+from device_runs import (
+    DEVICE,
+    KERNELS,
+    METHODS,
+    NEEDS_GPU,
+    L,
+    assert_lists_equal,
+    assert_states_equal,
+    has_periods,
+    lists_on,
+    optimizer_of,
+)
 from step_lists import F32, STEPS, Lists
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as lrs
@@ -21,7 +32,6 @@ import deeprelax_cuda as dr
 
 pytestmark = NEEDS_GPU
 
-L = 3
 SHAPES = ((5, 3), (7,), (), (4099,))
 KINDS: list[dict[str, Any]] = [
     {},
@@ -33,7 +43,16 @@ KINDS: list[dict[str, Any]] = [
     {"dtype": torch.float64, "gamma_total": 3.0, "gamma_min": 0.5},
     {"reset_inner_momentum": True},
     {"gamma": float("inf"), "temperature": 0.0},
+    {"method": "HamiltonJacobi"},
+    {"method": "HamiltonJacobi", "averaging": "linear", "dtype": torch.bfloat16, "rounding": "stochastic"},
+    {"method": "HamiltonJacobi", "inner": "prox", "inner_momentum": 0.5, "gamma": 2.0, "dtype": torch.float64},
+    {"method": "HeatSGD"},
+    {"method": "HeatSGD", "dtype": torch.bfloat16, "master_weights": True, "outer_weight_decay": 0.01},
+    {"method": "HeatSGD", "temperature": 0.0, "inner_steps": 2 * L, "dtype": torch.float64},
+    {"method": "SGLD"},
+    {"method": "SGLD", "dtype": torch.float16, "weight_decay": 0.01},
 ]
+over_methods = pytest.mark.parametrize("method", METHODS)
 
 
 class Run:
@@ -50,8 +69,7 @@ class Run:
         self.aims = tensors()
         for p in self.params:
             p.grad = torch.zeros_like(p)
-        settings = {"inner_steps": L, "gamma": 2.0, "scoping": 0.1, "temperature": 1e-3, "seed": 11, **options}
-        self.optimizer = dr.EntropySGD(self.params, capturable=capturable, **settings)
+        self.optimizer = optimizer_of(self.params, capturable=capturable, **options)
 
     def step(self) -> None:
         with torch.no_grad():
@@ -74,7 +92,7 @@ class Run:
         return graph
 
 
-def counters(optimizer: dr.EntropySGD) -> dict[str, float]:
+def counters(optimizer: Any) -> dict[str, float]:
     group = optimizer.param_groups[0]
     return {name: float(group[name]) for name in ("step", "position", "outer_steps", "gamma", "lr")}
 
@@ -103,7 +121,8 @@ def test_replays_of_a_whole_period(kind: dict[str, Any], warm_up: int, label: st
         for _ in range(L):
             eager.step()
         assert_same(graphed, eager)
-    assert graphed.optimizer.stats()["outer_steps"] == (warm_up + 5 * L) // L
+    length = kind.get("inner_steps", L)
+    assert graphed.optimizer.stats()["outer_steps"] == ((warm_up + 5 * L) // length if has_periods(eager.optimizer) else 0)
 
 
 @pytest.mark.parametrize("label", KERNELS)
@@ -113,7 +132,7 @@ def test_replays_of_one_step_through_ends_of_periods(kind: dict[str, Any], label
     for run in (graphed, eager, clocked):
         run.step()
     graph = graphed.capture(1)
-    ends = 0
+    ends, length = 0, kind.get("inner_steps", L)
     for _ in range(4 * L + 1):
         graph.replay()
         eager.step()
@@ -121,15 +140,17 @@ def test_replays_of_one_step_through_ends_of_periods(kind: dict[str, Any], label
         assert_same(graphed, eager)
         assert_same(clocked, eager)
         ends += graphed.optimizer.at_outer_boundary
-    assert ends == 4
+    assert ends == (4 * L + 2) // length if has_periods(eager.optimizer) else ends == 0
     for run in (graphed, eager):
         run.optimizer.eval()
     assert all(torch.equal(p, q) for p, q in zip(graphed.params, eager.params, strict=True))
 
 
+@over_methods
 @pytest.mark.parametrize("label", KERNELS)
-def test_replays_are_the_steps_of_the_cpu(label: str) -> None:
-    graphed, there = Run(True, backend=label), Run(False, device=torch.device("cpu"), backend="cpu")
+def test_replays_are_the_steps_of_the_cpu(label: str, method: str) -> None:
+    graphed = Run(True, method=method, backend=label)
+    there = Run(False, device=torch.device("cpu"), method=method, backend="cpu")
     for run in (graphed, there):
         run.step()
     graph = graphed.capture(1)
@@ -149,8 +170,9 @@ def test_replays_are_the_steps_of_the_cpu(label: str) -> None:
     ],
     ids=["StepLR", "LambdaLR", "MultiStepLR"],
 )
-def test_a_scheduler_writes_lr_between_replays(make: Callable[[Any], lrs.LRScheduler], label: str) -> None:
-    graphed, eager = Run(True, lr=0.5, backend=label), Run(False, lr=0.5)
+@pytest.mark.parametrize("method", ["EntropySGD", "SGLD"])  # lr is of the outer step, or of the inner ones and their noise
+def test_a_scheduler_writes_lr_between_replays(make: Callable[[Any], lrs.LRScheduler], label: str, method: str) -> None:
+    graphed, eager = Run(True, lr=0.5, method=method, backend=label), Run(False, lr=0.5, method=method)
     schedulers = [make(run.optimizer) for run in (graphed, eager)]
     for run in (graphed, eager):
         run.step()
@@ -167,9 +189,10 @@ def test_a_scheduler_writes_lr_between_replays(make: Callable[[Any], lrs.LRSched
     assert len(seen) >= 3
 
 
+@over_methods
 @pytest.mark.parametrize("label", KERNELS)
-def test_two_graphs_and_eager_steps_in_turn(label: str) -> None:
-    graphed, eager = Run(True, backend=label), Run(False)
+def test_two_graphs_and_eager_steps_in_turn(label: str, method: str) -> None:
+    graphed, eager = Run(True, method=method, backend=label), Run(False, method=method)
     for run in (graphed, eager):
         run.step()
     one, two = graphed.capture(1), graphed.capture(2)
@@ -187,9 +210,11 @@ def test_two_graphs_and_eager_steps_in_turn(label: str) -> None:
         assert_same(graphed, eager)
 
 
+@over_methods
 @pytest.mark.parametrize("label", KERNELS)
-def test_a_checkpoint_after_replays_goes_on_without_a_graph(label: str) -> None:
-    graphed, eager, other = Run(True, backend=label), Run(False), Run(False, backend=label)
+def test_a_checkpoint_after_replays_goes_on_without_a_graph(label: str, method: str) -> None:
+    graphed, eager = Run(True, method=method, backend=label), Run(False, method=method)
+    other = Run(False, method=method, backend=label)
     for run in (graphed, eager):
         run.step()
     graph = graphed.capture(1)

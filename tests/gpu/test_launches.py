@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from device_runs import DEVICE, KERNELS, NEEDS_GPU, NEEDS_TRITON, lists_on
+from device_runs import DEVICE, KERNELS, METHODS, NEEDS_GPU, NEEDS_TRITON, L, lists_on, optimizer_of
 from step_lists import BF16, F16, F32, F64, STEPS, Lists
 from torch import nn
 
@@ -61,6 +61,22 @@ def test_new_gradients_are_no_more_launches(label: str) -> None:
         optimizer.step()
 
     assert len(kernels(step)) == 1
+
+
+@pytest.mark.parametrize("label", KERNELS)
+@pytest.mark.parametrize("capturable", [False, True], ids=["host", "clock"])
+@pytest.mark.parametrize("method", METHODS)
+def test_launches_of_each_method(method: str, capturable: bool, label: str) -> None:
+    """One a step at any position of a period; a clock is one more."""
+    params = [nn.Parameter(torch.randn(7 + i, device=DEVICE)) for i in range(5)]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer = optimizer_of(params, method, capturable=capturable, backend=label)
+    family = "gradient_average_step" if method in ("HamiltonJacobi", "HeatSGD") else "langevin_step"
+    for _ in range(2 * L):
+        started = kernels(optimizer.step)
+        assert len(started) == 1 + capturable, started
+        assert (family if label == "cuda" else "step_kernel") in started[-1]
 
 
 @NEEDS_TRITON
