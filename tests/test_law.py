@@ -7,7 +7,7 @@ optimizer is right. The mutants are wrong algorithms, put into the same optimize
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,13 +16,12 @@ import pytest
 import torch
 from quadratic_law import NAMES, Law
 from torch import Tensor, nn
+from wrong_steps import Mutation, Step, count_over_periods, gamma_by, noises, numbers, step_as, streams, weight_by
 
 import deeprelax_cuda as dr
 from deeprelax_cuda import backends
-from deeprelax_cuda.optim.base import RelaxationOptimizer
-from deeprelax_cuda.optim.scoping import gamma_of
 from deeprelax_cuda.optim.weights import TwoWeights
-from deeprelax_cuda.steps import Plan, Scalars, Tensors
+from deeprelax_cuda.steps import Scalars, Tensors
 
 N = 1_000_000
 #: Far out for the largest of some ten thousand standard normals; a noise that is 1 % too strong gives 14.
@@ -246,66 +245,9 @@ def test_so_it_does_in_other_types_and_backends(name: str, n: int, dtype: torch.
 
 # ---- The mutants -------------------------------------------------------------------------------------------------------------
 
-Mutation = Callable[[pytest.MonkeyPatch], None]
-Step = Callable[..., None]
-
-
-def step_as(change: Callable[[Step, Tensors, list[Tensor], Scalars], None]) -> Mutation:
-    """Take each fused step of the optimizer as ``change(step, tensors, grads, scalars)`` does."""
-
-    class Changed:
-        def __init__(self, plan: Plan, tensors: Tensors) -> None:
-            self.plan, self.tensors = plan, tensors
-
-        def run(self, grads: list[Tensor], scalars: Scalars, addresses: bytes | None = None, clock: None = None) -> None:
-            change(self.plan.run, self.tensors, grads, scalars)
-
-    def mutate(patch: pytest.MonkeyPatch) -> None:
-        make_plan = backends.make_plan
-        patch.setattr(backends, "make_plan", lambda name, tensors: Changed(make_plan(name, tensors), tensors))
-
-    return mutate
-
-
-def numbers(change: Callable[[Scalars], dict[str, Any]]) -> Mutation:
-    """Replace numbers of each fused step."""
-    return step_as(lambda step, tensors, grads, h: step(grads, replace(h, **change(h))))
-
-
-def streams(change: Callable[[Tensors], list[int]]) -> Mutation:
-    """Replace the numbers under which the tensors draw their noise."""
-
-    def mutate(patch: pytest.MonkeyPatch) -> None:
-        make_plan = backends.make_plan
-        patch.setattr(backends, "make_plan", lambda name, t: make_plan(name, replace(t, numbers=change(t))))
-
-    return mutate
-
-
-def gamma_by(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Mutation:
-    """After each inner step, replace what the rule of gamma reads in a group."""
-
-    def mutate(patch: pytest.MonkeyPatch) -> None:
-        count = RelaxationOptimizer._count
-
-        def changed(self: RelaxationOptimizer, calls: Any, outer: bool) -> None:
-            count(self, calls, outer)
-            for group in self.param_groups:
-                group["gamma"] = gamma_of({**group, **change(group)})
-
-        patch.setattr(RelaxationOptimizer, "_count", changed)
-
-    return mutate
-
 
 def start_period_as(owner: type, change: Callable[[Any], None]) -> Mutation:
     return lambda patch: patch.setattr(owner, "_start_period", change)
-
-
-def noises(tensors: Tensors, h: Scalars) -> Iterator[tuple[int, Tensor]]:
-    """Give the place in the call and the noise of each tensor."""
-    for i, (p, number) in enumerate(zip(tensors.params, tensors.numbers, strict=True)):
-        yield i, dr.functional.gaussian(p.numel(), seed=h.seed, step=h.step, stream=number)
 
 
 def around_the_outer_step(keep: Callable[[Tensors], list[Tensor]]) -> Mutation:
@@ -378,19 +320,8 @@ def first_group_alone(step: Step, tensors: Tensors, grads: list[Tensor], h: Scal
         step(grads, h)
 
 
-def count_over_periods(self: TwoWeights) -> None:
-    for group in self.param_groups:
-        group["position"] = 0
-
-
 def inverted(h: Scalars) -> float:
     return 1.0 / h.k if h.k else 0.0
-
-
-def linear_one_short(patch: pytest.MonkeyPatch) -> None:
-    """Weight the j-th step of a plain mean by 1/(j + 1)."""
-    scalars = dr.EntropySGD._inner_scalars
-    patch.setattr(dr.EntropySGD, "_inner_scalars", lambda self, group, dtype, count: scalars(self, group, dtype, count + 1))
 
 
 MUTANTS: dict[str, Mutation] = {
@@ -434,8 +365,8 @@ MUTANTS: dict[str, Mutation] = {
     "averaging reversed": numbers(lambda h: {"a": 1.0 - h.a if h.a < 1.0 else 1.0}),
     "average not restarted at x": around_the_outer_step(lambda t: t.averages),
     "average without the last noise": step_as(average_without_the_last_noise),
-    "linear as 1/(j + 1)": linear_one_short,
-    "linear over all periods": start_period_as(TwoWeights, count_over_periods),
+    "linear as 1/(j + 1)": weight_by(lambda weight, count, constant: weight(count + 1)),
+    "linear over all periods": count_over_periods,
     # Outer step.
     "anchor not moved": numbers(lambda h: {"lr": 0.0}),
     "live weights not reset to x": around_the_outer_step(lambda t: t.params),

@@ -2,7 +2,8 @@
 
 With p' = p + a*(d(p) - p) and d(p) = grad f(x - gamma*p), a curvature h of the loss multiplies the distance to the fixed point,
 and with it the residual d - p, by 1 - a*(1 + gamma*h) a step. So the ratio of successive |d - p| tends to the largest modulus
-of these numbers, and the iteration contracts where it is below 1.
+of these numbers, and the iteration contracts where it is below 1. Noise of the gradients scatters the ratio, the more the less
+they have in common, and may make |d - p| grow for a few steps where the iteration contracts: `noise_growth`.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from deeprelax_cuda.steps import compute_type
 SHORTEST = 3
 #: Periods whose ratios are looked at together.
 WINDOW = 32
-#: How far the logarithm of one ratio is taken to scatter by the noise of the gradients, before it is known; and how many
-#: standard errors the mean of several must lie above 0.
-SCATTER, SURE = 0.1, 4.0
+#: How far the logarithm of one ratio is taken to scatter by the noise of the gradients, before it is known: from minibatch to
+#: minibatch their norm varies by half and more. And how many standard errors the mean of several must lie above chance.
+SCATTER, SURE = 0.5, 4.0
 #: What the gamma that would contract is taken below the largest one.
 MARGIN = 0.9
 #: How much gamma may change among periods that are looked at together, as scoping changes it.
@@ -47,6 +48,16 @@ class _Residual(NamedTuple):
         return sum(float(torch.stack(torch._foreach_norm(part)).double().square().sum()) for part in parts)
 
 
+def noise_growth(a: float, length: int) -> float:
+    """Return what noise alone can multiply |d - p| by in the last of ``length`` steps, though the iteration contracts.
+
+    p begins as one gradient, of noise 1, and gathers that of the others: its variance goes by v = r^2*v + a^2, with the factor
+    r = 1 - a*(1 + gamma*h), and |d - p|^2 is (1 + gamma*h)^2*v + 1 before it. That grows most at r = -1.
+    """
+    before, after = (4.0 * (1.0 + (j - 1) * a * a) + a * a for j in (length - 2, length - 1))
+    return math.sqrt(after / before)
+
+
 class Contraction:
     """The ratios of the last periods."""
 
@@ -56,6 +67,7 @@ class Contraction:
         self._later: _Residual | None = None
         self._logs: deque[float] = deque(maxlen=WINDOW)
         self._gamma = math.nan  # of the first of them
+        self._chance = 0.0  # the logarithm up to which a ratio may be noise
 
     @torch.no_grad()
     def measure(self, launches: Sequence[Launch], groups: Sequence[dict[str, Any]]) -> None:
@@ -77,10 +89,10 @@ class Contraction:
             numbers += call.bucket.numbers
         self._earlier, self._later = self._later, _Residual(numbers, parts, [float(group["gamma"]) for group in groups])
 
-    def conclude(self, a: float) -> str | None:
-        """Read the ratio of the period that has ended; return what is to be said if the iteration does not contract.
+    def conclude(self, weights: Sequence[float], length: int) -> str | None:
+        """Read the ratio of the period of ``length`` steps that has ended; return what is to be said if it does not contract.
 
-        ``a`` is the weight of the new gradient in the step between the two residuals.
+        ``weights`` are those of the new gradient, in each group, in the step between the two residuals.
         """
         earlier, later, self._earlier, self._later, self.last = self._earlier, self._later, None, None, math.nan
         if earlier is None or later is None or earlier.numbers != later.numbers:
@@ -93,12 +105,14 @@ class Contraction:
             self._logs.clear()
             self._gamma = gamma
         self._logs.append(math.log(self.last))
+        self._chance = math.log(noise_growth(max(weights), length))
         if not self.grows():
             return None
         turned = earlier.square(later) < before + after
         # Residuals that turn round grow by a*(1 + gamma*h) - 1, which a curvature h > 0 does; others by 1 - a*(1 + gamma*h).
+        # Which group's they are is not known.
         ratio = self.mean()
-        part = MARGIN * ((2.0 - a) / (1.0 + ratio - a) if turned else a / (ratio - 1.0 + a))
+        part = MARGIN * min((2.0 - a) / (1.0 + ratio - a) if turned else a / (ratio - 1.0 + a) for a in weights)
         remedy = f"gamma={suggestion(part * gamma)}" if len(set(later.gammas)) == 1 else f"{number(part)} times every gamma"
         return (
             f"check_contraction: the fixed point does not contract at gamma={number(gamma)}: |d - p| grows {number(ratio)} "
@@ -116,7 +130,7 @@ class Contraction:
             return False
         mean = sum(self._logs) / n
         scatter = math.sqrt((SCATTER**2 + sum((log - mean) ** 2 for log in self._logs)) / n)
-        return mean > SURE * scatter / math.sqrt(n)
+        return mean > self._chance + SURE * scatter / math.sqrt(n)
 
     def words(self) -> tuple[str, str]:
         """Return a number and words for `describe`."""

@@ -28,7 +28,7 @@ WIDTH = 108
 SYMBOLS = {"anchor": "x", "average": "m", "gradient_average": "p", "momentum": "v", "outer_momentum": "w"}
 #: What the letters stand for, where m is the average and where p is.
 LEGEND = "y live weights, x anchor (the answer), m average of y, L inner_steps, h a curvature"
-GRADIENT_LEGEND = "y live weights, x anchor (the answer), p average of the gradient, L inner_steps, h a curvature"
+GRADIENT_LEGEND = "y live weights, x anchor (the answer), p average gradient, L inner_steps, h a curvature"
 #: Scoping that needs more outer steps than this to halve gamma does nothing in a training.
 SLOWEST_HALF_LIFE = 1e5
 

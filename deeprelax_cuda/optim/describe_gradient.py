@@ -28,11 +28,11 @@ def fixed_point_notes(group: dict[str, Any], averaging: float | str, seen: Seen)
         most = (2.0 / a - 1.0) / gamma
         words = f"the weight of a new gradient in p; contracts for curvatures h from {number(-1.0 / gamma)} to {number(most)}: "
         notes.line("damping", number(a), words + "-1/gamma to (2/damping - 1)/gamma")
-        for q in CURVATURES:
+        for name, q in zip(("rate", ""), CURVATURES, strict=True):
             rate = 1.0 - a * (1.0 + q)
             words = f"of the distance to p is left a step at h = {setting(q)}/gamma = {number(q / gamma)}, "
             left = abs(rate) ** (length - 1)
-            notes.line("rate", number(abs(rate)), words + f"{number(left)} after the {length - 1} that follow the first")
+            notes.line(name, number(abs(rate)), words + f"{number(left)} after the {length - 1} that follow the first")
     notes.advise(
         length == 1,
         "inner_steps=1: p is the gradient at x, and the method is SGD. It takes 2 or more to look at x - gamma*p.",
@@ -50,7 +50,6 @@ def heat_notes(group: dict[str, Any], seen: Seen) -> Notes:
     if std:
         words += f"; a wave of length {number(2.0 * math.pi * std)} is damped to 0.61 of its height, a longer one less"
     notes.line("perturbation", number(std), words)
-    notes.line("mean", f"{length}", f"gradients in p; {length - 1} in the first period, which does not count the one at x")
     notes.advise(std == 0.0, "temperature=0: nothing is smoothed; p is the mean of gradients at x, as of a larger batch.")
     for dtype, size in seen.shown.items():
         part = std / size if size > 0.0 else 0.0
@@ -61,6 +60,7 @@ def heat_notes(group: dict[str, Any], seen: Seen) -> Notes:
             f"The perturbation {number(std)} is {number(part)} times the size of the {name} weights: the gradients are taken "
             "far from anything that was trained. A smaller gamma or temperature.",
         )
+    notes.line("mean", f"{length}", f"gradients in p; {length - 1} in the first period, which does not count the one at x")
     return notes + digits_notes({"perturbation": std}, seen.shown, {}, "it wants a larger temperature or wider parameters")
 
 

@@ -36,6 +36,9 @@ from deeprelax_cuda.optim.describe import (
 FAINT_NOISE, USEFUL_NOISE = 1e-3, 0.1
 #: Curvatures, times inner_lr, at which the effective temperature is given.
 CURVATURES = (0.01, 0.1, 1.0)
+#: What a coupling that hardly acts comes to, in a loop that averages and in one that descends.
+AVERAGES = "m is not the average under the local-entropy measure, and the method behaves like Lookahead with averaging"
+DESCENDS = "y does not come to the proximal point, and the method behaves like Lookahead"
 #: What keeps small additions to weights of a narrow type.
 KEEPS_DIGITS = {
     torch.bfloat16: 'rounding="stochastic" or master_weights=True keeps it',
@@ -70,8 +73,21 @@ def diverging(group: dict[str, Any], index: int) -> str:
 def langevin_notes(group: dict[str, Any], seen: Seen) -> Notes:
     """Say what the options of a group amount to in its inner loop, next to the gradients where there are some."""
     momentum = inner_momentum(group)
-    notes = _step(group, momentum) + _noise(group, momentum, seen) + _digits(group, momentum, seen)
-    return notes + _temperature(group, momentum) + _coupling(group, momentum) + _average(group)
+    notes = _step(group, momentum) + _drift(group, momentum, seen) + _noise(group, momentum, seen)
+    notes += _digits(group, momentum, seen) + _temperature(group, momentum)
+    return notes + _coupling(group, momentum, AVERAGES) + _average(group)
+
+
+def proximal_notes(group: dict[str, Any], seen: Seen) -> Notes:
+    """Say it of a loop without noise and average, which descends to the proximal point."""
+    momentum = inner_momentum(group)
+    notes = _step(group, momentum) + _drift(group, momentum, seen) + _digits(group, momentum, seen)
+    notes += _coupling(group, momentum, DESCENDS)
+    notes.advise(
+        group["inner_steps"] == 1,
+        "inner_steps=1: y is one gradient step from x, where there is no coupling yet, and the method is SGD.",
+    )
+    return notes
 
 
 def _step(group: dict[str, Any], momentum: Momentum) -> Notes:
@@ -108,12 +124,15 @@ def _sizes(group: dict[str, Any], momentum: Momentum, seen: Seen) -> tuple[float
     return noise_std(inner_lr, float(group["temperature"])), inner_lr * seen.gradient_rms * momentum_gain(momentum)
 
 
+def _drift(group: dict[str, Any], momentum: Momentum, seen: Seen) -> Notes:
+    inner_lr, gain = float(group["inner_lr"]), momentum_gain(momentum) if momentum.mu else 1.0
+    return drift_notes(seen, inner_lr, inner_lr * gain, "a step, inner_lr")
+
+
 def _noise(group: dict[str, Any], momentum: Momentum, seen: Seen) -> Notes:
     notes = Notes()
     inner_lr, temperature = float(group["inner_lr"]), float(group["temperature"])
     std, drift = _sizes(group, momentum, seen)
-    gain = momentum_gain(momentum) if momentum.mu else 1.0
-    notes += drift_notes(seen, inner_lr, inner_lr * gain, "a step, inner_lr")
     if std == 0.0:
         notes.line("noise", "0", "none: temperature=0" if not temperature else "none: inner_lr=0")
         return notes
@@ -162,7 +181,7 @@ def _temperature(group: dict[str, Any], momentum: Momentum) -> Notes:
     return notes
 
 
-def _coupling(group: dict[str, Any], momentum: Momentum) -> Notes:
+def _coupling(group: dict[str, Any], momentum: Momentum, too_weak: str) -> Notes:
     notes = Notes()
     inner_lr, gamma = float(group["inner_lr"]), float(group["gamma"])
     if gamma == math.inf:
@@ -196,10 +215,10 @@ def _coupling(group: dict[str, Any], momentum: Momentum) -> Notes:
             f"{_rule(group)}: the coupling makes the inner steps diverge from {outer_step(first, group['inner_steps'])} "
             f"on, when inner_lr/gamma passes {number(limit)}. If the run may be that long, set gamma_min{safe}.",
         )
-    return notes + _relaxation(group, momentum)
+    return notes + _relaxation(group, momentum, too_weak)
 
 
-def _relaxation(group: dict[str, Any], momentum: Momentum) -> Notes:
+def _relaxation(group: dict[str, Any], momentum: Momentum, too_weak: str) -> Notes:
     """Hold the time in which the coupling acts against the length of a period."""
     notes = Notes()
     inner_lr, gamma, length = float(group["inner_lr"]), float(group["gamma"]), group["inner_steps"]
@@ -230,8 +249,7 @@ def _relaxation(group: dict[str, Any], momentum: Momentum) -> Notes:
     notes.advise(
         acting > 0.0,  # else the momentum lets nothing through, which is said elsewhere
         f"gamma={setting(gamma)}: the coupling hardly acts within a period, as y relaxes to x in {number(time)} inner steps "
-        f"and a period has {length}. So m is not the average under the local-entropy measure, and the method behaves like "
-        f"Lookahead with averaging. It would act with gamma={suggestion(acting)}{remedy}.",
+        f"and a period has {length}. So {too_weak}. It would act with gamma={suggestion(acting)}{remedy}.",
     )
     return notes
 

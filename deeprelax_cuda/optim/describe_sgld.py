@@ -24,12 +24,12 @@ def sgld_notes(group: dict[str, Any], seen: Seen) -> Notes:
     words = f"standard deviation a step, sqrt(2*lr*T) for temperature T = 1/beta = {number(temperature)}"
     notes.line("noise", number(std), words + ("" if math.isnan(part) else f"; {number(part)} of the drift"))
     if std:
-        for q in CURVATURES:
+        for name, q in zip(("T_eff", "", ""), CURVATURES, strict=True):
             ratio = 1.0 / (1.0 - q / 2.0)
             words = (
                 f"= {number(ratio)} T, the temperature of the samples at H = h + 1/gamma = {setting(q)}/lr = {number(q / lr)}"
             )
-            notes.line("T_eff", number(ratio * temperature), words)
+            notes.line(name, number(ratio * temperature), words)
     if gamma == math.inf:
         notes.line("coupling", "0", "gamma=inf: y is free, and there is no x")
     else:

@@ -13,7 +13,7 @@ from deeprelax_cuda.optim.base import RelaxationOptimizer
 from deeprelax_cuda.optim.contraction import SHORTEST, Contraction
 from deeprelax_cuda.optim.describe import LEGEND, Notes, Seen, gamma_notes, outer_notes, overshoot_notes
 from deeprelax_cuda.optim.describe_gradient import fixed_point_notes
-from deeprelax_cuda.optim.describe_langevin import coupling_diverges, diverging, langevin_notes
+from deeprelax_cuda.optim.describe_langevin import coupling_diverges, diverging, proximal_notes
 from deeprelax_cuda.optim.langevin import (
     PLAIN,
     check_averaging,
@@ -75,8 +75,8 @@ class HamiltonJacobi(RelaxationOptimizer):
             period; from 3 inner_steps on. Where it does not, a warning says so and names a gamma at which it would. The last
             ratio is in `stats` as "contraction", and what they come to in `describe`. It costs some passes over gradients and p
             and two copies of the gradients a period, and waits for the device once; the steps are the same bits. Noise in the
-            gradients does not shrink, which keeps the ratio near 1: the warning comes only where ratios stay above 1 by more
-            than they scatter.
+            gradients does not shrink, which keeps the ratio near 1: the warning comes only where ratios stay above what noise
+            can do by more than they scatter, so a ratio of 2 takes some 3 periods, and one hardly above 1 is not said.
         maximize, seed, backend, rounding, master_weights, closure_mode, capturable, foreach, fused, differentiable: as for
             `EntropySGD`.
 
@@ -178,8 +178,9 @@ class HamiltonJacobi(RelaxationOptimizer):
             if group["inner"] == "prox" and coupling_diverges(_as_langevin(group)):
                 self._warn_once("diverging", diverging(group, i))
         if (first := self.param_groups[0])["check_contraction"]:
-            a = self._law(first).weight(first["inner_steps"] - 1, weight_of_sample(damping(first)))
-            if said := self._contraction.conclude(a):
+            groups, length = self.param_groups, first["inner_steps"]
+            weights = [self._law(group).weight(length - 1, weight_of_sample(damping(group))) for group in groups]
+            if said := self._contraction.conclude(weights, length):
                 self._warn_once("contraction", said)
 
     def _legend(self, group: dict[str, Any]) -> str:
@@ -188,7 +189,7 @@ class HamiltonJacobi(RelaxationOptimizer):
     def _notes(self, group: dict[str, Any], seen: Seen) -> Notes:
         if group["inner"] == "prox":
             outer = outer_notes(group, super().OUTER_STEP, self.LR, self.SMALLEST_USEFUL_LR) + overshoot_notes(group)
-            return langevin_notes(_as_langevin(group), seen) + gamma_notes(group) + outer
+            return proximal_notes(_as_langevin(group), seen) + gamma_notes(group) + outer
         notes = fixed_point_notes(group, damping(group), seen)
         if group["check_contraction"]:
             notes.line("contraction", *self._contraction.words())
