@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from deeprelax_cuda.backends import cpu
 from deeprelax_cuda.clock import NUMBERS
+from deeprelax_cuda.optim import HamiltonJacobi, HeatSGD
 from deeprelax_cuda.optim.base import RelaxationOptimizer
 
 L = 4
@@ -170,7 +171,7 @@ def test_groups_types_and_parameters_that_come_late(make: Method, options: dict[
     assert_same(plain, clocked)
 
 
-@pytest.mark.parametrize("make_one", [dr.HeatSGD, dr.HamiltonJacobi], ids=lambda make_one: make_one.__name__)
+@pytest.mark.parametrize("make_one", [HeatSGD, HamiltonJacobi], ids=lambda make_one: make_one.__name__)
 def test_a_count_that_a_graph_writes_to_stays(make_one: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step without one of the gradients counts elsewhere from then on; the graph goes on writing where it did."""
     params = weights()

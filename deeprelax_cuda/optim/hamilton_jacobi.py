@@ -61,7 +61,7 @@ class HamiltonJacobi(RelaxationOptimizer):
         inner_steps: L, inner steps a period; equal in all groups.
         gamma: the width t of the envelope, in (0, inf); the group's "gamma" is its current value.
         scoping: after n outer steps gamma is ``max(gamma_min, gamma / (1 + scoping)**n)``. 0: gamma stays.
-        gamma_min: the floor of gamma.
+        gamma_min: the floor of gamma; the proximal loop needs one above inner_lr/2 where gamma is scoped.
         averaging: the weight of the OLD p, in [0, 1), which damps the iteration; "linear": the plain mean of the period's
             gradients; "last": no damping. None: 0.75. For "prox" it is "last", and nothing else.
         momentum: of the outer step.
@@ -100,7 +100,7 @@ class HamiltonJacobi(RelaxationOptimizer):
         *,
         inner_steps: int = 5,
         gamma: float = 0.1,
-        scoping: float = 1e-3,
+        scoping: float = 0.0,
         gamma_min: float = 0.0,
         averaging: float | Literal["linear", "last"] | None = None,
         momentum: float = 0.9,
