@@ -175,6 +175,26 @@ def test_where_it_does_not_contract_a_gamma_is_named_at_which_it_does(
     assert optimizer.stats()["contraction"] > 1.0
 
 
+@pytest.mark.parametrize(
+    ("averaging", "length", "gamma_h"), [(None, 5, 7.2), ("last", 4, 1.03), ("last", 3, -1.1), (0.5, 8, 3.1)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_without_noise_the_first_residuals_tell(averaging: Any, length: int, gamma_h: float, dtype: torch.dtype) -> None:
+    """However slowly they grow; two pairs of them, which periods of 3 steps have in two."""
+    needed = 1 if length > 3 else 2
+    options = {"gamma": 1.0, "averaging": averaging, "inner_steps": length}
+    for periods in range(1, needed + 1):
+        _, said = play([spread(gamma_h).to(dtype)], [{}], periods, **options)
+        assert len(said) == (periods == needed)
+
+
+def test_rounding_errors_of_an_iteration_that_has_converged_are_no_residuals() -> None:
+    for h in torch.linspace(0.5, 6.5, 13).tolist():
+        for seed in range(5):
+            _, said = play([torch.tensor([h])], [{}], 5, gamma=1.0, inner_steps=40 + seed)
+            assert said == []
+
+
 @pytest.mark.parametrize("averaging", [None, "last", "linear"])
 @pytest.mark.parametrize("share", [0.99, -0.99])
 def test_just_inside_the_limit_nothing_is_said(averaging: Any, share: float) -> None:

@@ -22,11 +22,17 @@ from deeprelax_cuda.steps import compute_type
 
 #: Inner steps of the shortest period that has two residuals: the first step has none.
 SHORTEST = 3
+#: The last inner steps of a period that are measured, where it has them: two pairs of residuals.
+MEASURED = 3
 #: Periods whose ratios are looked at together.
 WINDOW = 32
 #: How far the logarithm of one ratio is taken to scatter by the noise of the gradients, before it is known: from minibatch to
 #: minibatch their norm varies by half and more. And how many standard errors the mean of several must lie above chance.
 SCATTER, SURE = 0.5, 4.0
+#: The cosine of two residuals above which they are one line, as those of a mode that grows are, and those of noise are not.
+COLLINEAR = 0.999
+#: Residuals below this many units in the last place of the gradient are rounding errors.
+ROUNDING = 16.0
 #: What the gamma that would contract is taken below the largest one.
 MARGIN = 0.9
 #: How much gamma may change among periods that are looked at together, as scoping changes it.
@@ -34,18 +40,33 @@ NEAR = 0.05
 
 
 class _Residual(NamedTuple):
-    """d - p of the parameters of these numbers, launch by launch; the gammas are those of the groups."""
+    """d - p of the parameters of these numbers, launch by launch; ``least`` is the square below which it is rounding errors."""
 
     numbers: list[int]
     parts: list[list[Tensor]]
-    gammas: list[float]
+    least: list[Tensor]
 
-    def square(self, other: _Residual | None = None) -> float:
-        """Return |r|^2, or |r + r'|^2 with another residual: the host waits once a launch."""
-        parts = self.parts
-        if other is not None:
-            parts = [list(torch._foreach_add(a, b)) for a, b in zip(self.parts, other.parts, strict=True)]
-        return sum(float(torch.stack(torch._foreach_norm(part)).double().square().sum()) for part in parts)
+
+class _Pair(NamedTuple):
+    """|r|^2, |r'|^2, |r + r'|^2 of two successive residuals, and the least of |r'|^2, each launch by launch on its device."""
+
+    before: list[Tensor]
+    after: list[Tensor]
+    sum: list[Tensor]
+    least: list[Tensor]
+
+
+class _Growth(NamedTuple):
+    """What has become of a residual in a step: how many times longer it is, in which direction, and whether it is one."""
+
+    ratio: float
+    cosine: float
+    is_rounding: bool
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether a mode of the iteration has grown, and not noise."""
+        return self.ratio > 1.0 and abs(self.cosine) >= COLLINEAR and not self.is_rounding
 
 
 def noise_growth(a: float, length: int) -> float:
@@ -63,17 +84,22 @@ class Contraction:
 
     def __init__(self) -> None:
         self.last = math.nan
-        self._earlier: _Residual | None = None
-        self._later: _Residual | None = None
+        self._residual: _Residual | None = None
+        self._pairs: list[_Pair] = []
+        self._gammas: list[float] = []  # of the groups
+        self._gamma = math.nan  # of the first group, in the first of the periods below
         self._logs: deque[float] = deque(maxlen=WINDOW)
-        self._gamma = math.nan  # of the first of them
+        self._certain: deque[bool] = deque(maxlen=2)
         self._chance = 0.0  # the logarithm up to which a ratio may be noise
+
+    def begin(self) -> None:
+        """Begin the measured part of a period."""
+        self._residual, self._pairs = None, []
 
     @torch.no_grad()
     def measure(self, launches: Sequence[Launch], groups: Sequence[dict[str, Any]]) -> None:
         """Take the residual of a step that is about to be taken; the numbers stay on their device."""
-        numbers: list[int] = []
-        parts: list[list[Tensor]] = []
+        now = _Residual([], [], [])
         for call, grads, _ in launches:
             if not call.bucket.inner or (call.count or 0) < 2:  # before the first gradient of a period p is none of its own
                 continue
@@ -84,40 +110,47 @@ class Contraction:
             if group["weight_decay"]:
                 weights = [own.get("master", p).to(compute) for p, own in zip(call.bucket.params, call.states, strict=True)]
                 torch._foreach_add_(residual, weights, alpha=group["weight_decay"])
+            now.least.append(_square(residual) * (ROUNDING * torch.finfo(call.bucket.dtype).eps) ** 2)
             torch._foreach_sub_(residual, [own["gradient_average"] for own in call.states])
-            parts.append(residual)
-            numbers += call.bucket.numbers
-        self._earlier, self._later = self._later, _Residual(numbers, parts, [float(group["gamma"]) for group in groups])
+            now.parts.append(residual)
+            now.numbers.extend(call.bucket.numbers)
+        if (then := self._residual) is not None:  # a ratio is of the same parameters
+            self._pairs = [*self._pairs, _pair(then, now)] if then.numbers == now.numbers else []
+        self._residual, self._gammas = now, [float(group["gamma"]) for group in groups]
 
     def conclude(self, weights: Sequence[float], length: int) -> str | None:
-        """Read the ratio of the period of ``length`` steps that has ended; return what is to be said if it does not contract.
+        """Read the ratios of the period of ``length`` steps that has ended; return what is to be said if it does not contract.
 
         ``weights`` are those of the new gradient, in each group, in the step between the two residuals.
         """
-        earlier, later, self._earlier, self._later, self.last = self._earlier, self._later, None, None, math.nan
-        if earlier is None or later is None or earlier.numbers != later.numbers:
+        found = [growth for pair in self._pairs if (growth := _growth(pair))]
+        self.begin()
+        self.last = math.nan
+        if not found:
             return None
-        before, after = earlier.square(), later.square()
-        if not (before > 0.0 and after > 0.0 and math.isfinite(before + after)):
-            return None
-        self.last, gamma = math.sqrt(after / before), later.gammas[0]
+        gamma, self.last = self._gammas[0], found[-1].ratio
         if not abs(gamma / self._gamma - 1.0) < NEAR:  # also at the first
             self._logs.clear()
+            self._certain.clear()
             self._gamma = gamma
-        self._logs.append(math.log(self.last))
+        if not found[-1].is_rounding:  # else it has converged
+            self._logs.append(math.log(self.last))
+        self._certain.extend(growth.is_certain for growth in found)
         self._chance = math.log(noise_growth(max(weights), length))
         if not self.grows():
             return None
-        turned = earlier.square(later) < before + after
+        ratio, since = self.last, ""
+        if not self._is_certain():
+            ratio, since = self.mean(), f", by the last {count(len(self._logs), 'period')}"
         # Residuals that turn round grow by a*(1 + gamma*h) - 1, which a curvature h > 0 does; others by 1 - a*(1 + gamma*h).
         # Which group's they are is not known.
-        ratio = self.mean()
+        turned = found[-1].cosine < 0.0
         part = MARGIN * min((2.0 - a) / (1.0 + ratio - a) if turned else a / (ratio - 1.0 + a) for a in weights)
-        remedy = f"gamma={suggestion(part * gamma)}" if len(set(later.gammas)) == 1 else f"{number(part)} times every gamma"
+        remedy = f"gamma={suggestion(part * gamma)}" if len(set(self._gammas)) == 1 else f"{number(part)} times every gamma"
         return (
             f"check_contraction: the fixed point does not contract at gamma={number(gamma)}: |d - p| grows {number(ratio)} "
-            f"times an inner step, by the last {count(len(self._logs), 'period')}. It would contract at {remedy}, noise of the "
-            'gradients aside; inner="prox" needs no such gamma'
+            f"times an inner step{since}. It would contract at {remedy}, noise of the gradients aside; "
+            'inner="prox" needs no such gamma'
         )
 
     def mean(self) -> float:
@@ -125,7 +158,9 @@ class Contraction:
         return math.exp(sum(self._logs) / len(self._logs)) if self._logs else math.nan
 
     def grows(self) -> bool:
-        """Whether the residuals grow, by more than chance would have it."""
+        """Whether the residuals grow: along a line twice in succession, or in the mean by more than chance would have it."""
+        if self._is_certain():
+            return True
         if not (n := len(self._logs)):
             return False
         mean = sum(self._logs) / n
@@ -134,9 +169,33 @@ class Contraction:
 
     def words(self) -> tuple[str, str]:
         """Return a number and words for `describe`."""
-        if not self._logs:
+        if not self._logs and math.isnan(self.last):
             return "?", "the ratio of successive |d - p|: no period has been measured yet"
+        if not self._logs:
+            return number(self.last), "the ratio of rounding errors: the iteration converges within a period"
         verdict = "it does not contract" if self.grows() else "it contracts" if self.mean() < 1.0 else "as good as none"
         mean = f"{number(self.mean())} by the last {count(len(self._logs), 'period')}"
         words = f"the ratio of |d - p| in the last two steps of a period, {mean}"
         return number(self.last), f"{words}: {verdict}"
+
+    def _is_certain(self) -> bool:
+        return len(self._certain) == 2 and all(self._certain)
+
+
+def _square(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    """Return the sum of the squares of all elements, float64, on their device."""
+    return torch.stack(torch._foreach_norm(tensors)).double().square().sum()
+
+
+def _pair(then: _Residual, now: _Residual) -> _Pair:
+    sums = [_square(torch._foreach_add(a, b)) for a, b in zip(then.parts, now.parts, strict=True)]
+    return _Pair([_square(part) for part in then.parts], [_square(part) for part in now.parts], sums, now.least)
+
+
+def _growth(pair: _Pair) -> _Growth | None:
+    """Read a pair, for which the host waits; None where there is nothing, or nothing finite, to compare."""
+    before, after, both, least = (sum(map(float, numbers)) for numbers in pair)
+    if not (before > 0.0 and after > 0.0 and math.isfinite(before + after)):
+        return None
+    cosine = (both - before - after) / (2.0 * math.sqrt(before * after))
+    return _Growth(math.sqrt(after / before), cosine, after < least)

@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from deeprelax_cuda.clock import COUPLED, Law
 from deeprelax_cuda.optim.base import RelaxationOptimizer
-from deeprelax_cuda.optim.contraction import SHORTEST, Contraction
+from deeprelax_cuda.optim.contraction import MEASURED, SHORTEST, Contraction
 from deeprelax_cuda.optim.describe import LEGEND, Notes, Seen, gamma_notes, outer_notes, overshoot_notes
 from deeprelax_cuda.optim.describe_gradient import fixed_point_notes
 from deeprelax_cuda.optim.describe_langevin import coupling_diverges, diverging, proximal_notes
@@ -71,12 +71,13 @@ class HamiltonJacobi(RelaxationOptimizer):
         inner_momentum: of the inner steps of "prox" alone, coupling included; kept across periods.
         weight_decay: added to the gradient, inside the inner steps.
         outer_weight_decay: in the outer step.
-        check_contraction: measure whether the fixed point contracts, by the ratio of |d - p| in the last two steps of each
-            period; from 3 inner_steps on. Where it does not, a warning says so and names a gamma at which it would. The last
-            ratio is in `stats` as "contraction", and what they come to in `describe`. It costs some passes over gradients and p
-            and two copies of the gradients a period, and waits for the device once; the steps are the same bits. Noise in the
-            gradients does not shrink, which keeps the ratio near 1: the warning comes only where ratios stay above what noise
-            can do by more than they scatter, so a ratio of 2 takes some 3 periods, and one hardly above 1 is not said.
+        check_contraction: measure whether the fixed point contracts, by the ratios of successive |d - p| in the last steps of
+            each period; from 3 inner_steps on. Where it does not, a warning says so and names a gamma at which it would. The
+            last ratio is in `stats` as "contraction", and what they come to in `describe`. Without noise in the gradients the
+            first period tells (of 3 inner_steps the first two). Noise does not shrink, which keeps the ratio near 1 and
+            scatters it; through it the warning comes once ratios stay above what noise can do. It costs some passes over
+            gradients and p and three copies of the gradients a period, and waits for the device once; the steps are the same
+            bits.
         maximize, seed, backend, rounding, master_weights, closure_mode, capturable, foreach, fused, differentiable: as for
             `EntropySGD`.
 
@@ -170,7 +171,11 @@ class HamiltonJacobi(RelaxationOptimizer):
         return {"a": round_scalar("1 - averaging", weight_of_sample(damping(group)), dtype)}
 
     def _observe(self, launches: list[Launch]) -> None:
-        if (first := self.param_groups[0])["check_contraction"] and first["inner_steps"] - first["position"] <= 2:
+        first = self.param_groups[0]
+        left = first["inner_steps"] - first["position"]
+        if first["check_contraction"] and left <= MEASURED:
+            if left == MEASURED:  # whatever a period that was broken off has left
+                self._contraction.begin()
             self._contraction.measure(launches, self.param_groups)
 
     def _moved_anchor(self) -> None:
