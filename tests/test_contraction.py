@@ -245,6 +245,23 @@ def test_the_gamma_of_the_measured_period_is_the_one_said() -> None:
     assert "contract at gamma=0.045, noise" in said
 
 
+def test_every_groups_gamma_is_judged_by_its_own_periods() -> None:
+    params = [nn.Parameter(torch.ones(40)) for _ in range(2)]
+    groups = [{"params": params[:1], "gamma": 0.001}, {"params": params[1:], "gamma": 9.0}]
+    optimizer = HamiltonJacobi(groups, **{**STILL, "inner_steps": 5})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(10):
+            if step == 5:
+                optimizer.param_groups[1]["gamma"] = 0.5
+            for p in params:
+                p.grad = p.detach().clone()
+            optimizer.step()
+    (said,) = (str(w.message) for w in caught)
+    assert re.search(r"does not contract at gamma=0.001, 9: .* times every gamma", said)
+    assert "by the last 1 period: it contracts" in " ".join(optimizer.describe().split())
+
+
 def test_another_gamma_is_judged_by_its_own_periods() -> None:
     p = nn.Parameter(torch.ones(3, dtype=torch.float64))
     optimizer = HamiltonJacobi([p], **{**STILL, "inner_steps": 5, "gamma": 0.2, "averaging": "last"})
@@ -264,6 +281,16 @@ def test_another_gamma_is_judged_by_its_own_periods() -> None:
 
 
 # ---- Noise -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("averaging", "length"), [(None, 5), ("last", 5), (0.5, 4), ("linear", 10)])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_noise_of_few_dimensions_is_often_one_line_and_yet_no_reason(averaging: Any, length: int, size: int) -> None:
+    for seed in range(5):
+        options = {"gamma": 1.0, "averaging": averaging, "inner_steps": length}
+        _, said = play([spread(0.5, each=size)], [{}], 150, noise=1.0, seed=seed, **options)
+        assert said == [], seed
 
 
 @pytest.mark.slow
@@ -386,6 +413,26 @@ def test_nothing_finite_and_nothing_at_all_are_no_ratio() -> None:
         p.grad = torch.full_like(p, value)
         optimizer.step()
     assert math.isnan(optimizer.stats()["contraction"]), "neither what was measured nor that of a period before"
+
+
+@pytest.mark.parametrize("gamma", [0.1, 9.0])
+def test_launches_that_join_in_mid_period_are_not_compared(gamma: float) -> None:
+    """A parameter that came late has a launch of its own, until the launches are made anew."""
+    params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = HamiltonJacobi(params, **{**STILL, "gamma": gamma, "inner_steps": 5})
+    ratios = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step in range(15):
+            for i, p in enumerate(params):
+                p.grad = p.detach().clone() if i == 0 or step > 1 else None
+            if step == 9:
+                optimizer.eval()
+                optimizer.train()
+            optimizer.step()
+            if optimizer.at_outer_boundary:
+                ratios.append(optimizer.stats()["contraction"])
+    assert ratios[-1] == pytest.approx(abs(1.0 - 0.25 * (1.0 + gamma)), rel=1e-3)
 
 
 @pytest.mark.parametrize("when", ["consolidate_", "reset_anchors_", "reload"])

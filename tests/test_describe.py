@@ -141,6 +141,7 @@ def test_stability_limits_of_the_design() -> None:
     assert c.stability_limit(c.Momentum(0.5, 0.0), coupling=False) == math.inf
 
 
+@pytest.mark.filterwarnings("ignore:gamma=.* so stiff a coupling")
 @pytest.mark.parametrize("averaging", [0.75, "linear"])
 @pytest.mark.parametrize("options", [{"nesterov": True}, {"nesterov": False, "dampening": 0.5}], ids=str)
 def test_optimizer_diverges_beyond_the_limit(options: dict[str, Any], averaging: Any) -> None:
@@ -640,11 +641,15 @@ def figures(words: str) -> list[float]:
 
 
 OTHER_CASES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
-    ("fixed point", "^lr=0.0099 hardly moves the anchor.*the size of the outer step", {"lr": 0.0099}, {"lr": 0.01}),
+    ("fixed point", "^lr=0.00099 hardly moves the anchor.*the step along the gradient", {"lr": 0.00099}, {"lr": 0.001}),
     ("fixed point", "^inner_steps=1: p is the gradient at x", {"inner_steps": 1}, {"inner_steps": 2}),
     ("fixed point", "^scoping=6.9e-6 does nothing", {"scoping": 6.9e-6}, {"scoping": 7e-6}),
     ("fixed point", "drift gamma.p .0.0019. .*bfloat16 is 0.00391", {**BF16, "grad": 0.0038}, {**BF16, "grad": 0.0079}),
     ("fixed point", "drift gamma.p .0.0019. .*bfloat16", {**BF16, "grad": 0.0038, "master_weights": True}, {"grad": 0.0038}),
+    ("fixed point", "^inner_lr: without effect, as inner=.fixed_point", {"inner_lr": 5.0}, {}),
+    ("fixed point", "^inner_lr and inner_momentum: without", {"inner_lr": 5.0, "inner_momentum": 0.9}, {}),
+    ("fixed point", "^nesterov=True is ignored, as momentum is 0", {"momentum": 0.0}, {"momentum": 0.0, "nesterov": False}),
+    ("heat", "^nesterov=True is ignored, as momentum is 0", {"momentum": 0.0}, {"momentum": 0.0, "nesterov": False}),
     ("prox", "^inner_lr=0: the inner loop stands still", {"inner_lr": 0.0}, {}),
     ("prox", "^gamma=0.1: the coupling makes.*diverge.*is not below 2. Set gamma=0.2 or", {"gamma": 0.1}, {"gamma": 0.11}),
     (
@@ -793,7 +798,11 @@ def test_limits_of_the_fixed_point_are_measured(averaging: Any) -> None:
 
 def test_of_the_plain_mean_no_rate_is_said() -> None:
     lines, _ = told_of("fixed point", averaging="linear", inner_steps=6)
-    assert lines["damping"] == ("1/j", 'averaging="linear": p is the plain mean of the 6 gradients of a period')
+    assert lines["damping"] == (
+        "1/j",
+        'averaging="linear": p is the plain mean of the 6 gradients of a period; the j-th multiplies the distance to p by 1 - '
+        "(1 + gamma*h)/j",
+    )
     assert "rate" not in lines
 
 
@@ -804,9 +813,9 @@ def test_drift_of_the_fixed_point_is_measured() -> None:
     figure, words = read(optimizer.describe())[0]["drift"]
     optimizer.step()
     assert float(figure) == pytest.approx(float((p.detach() - 1.0).square().mean().sqrt()), rel=0.005)
-    assert "gamma times the root mean square 3.03 of them" in words
+    assert "gamma times the root mean square 3.03 of the gradients" in words
     p.grad.fill_(math.nan)
-    assert read(optimizer.describe())[0]["drift"] == ("nan", "gradients hold inf or nan")
+    assert read(optimizer.describe())[0]["drift"] == ("nan", "gradients hold inf or nan: they are compared with nothing")
 
 
 def test_contraction_in_words() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from optim_runs import METHODS, L, Method, assert_equal, backward, small_model, snapshot, those, walk
 from torch import nn
+
+from deeprelax_cuda.optim import SGLD, HamiltonJacobi
+from deeprelax_cuda.optim.options import ABSENT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -114,6 +118,82 @@ def test_rule_that_was_spoilt_by_hand_is_refused_before_anything_moves(make: Met
     walk(other, reference, range(L))
     optimizer.step()
     assert_equal(snapshot(model, optimizer), snapshot(other, reference))
+
+
+#: A value that does something, of each option that some methods have not.
+PRESENT = {
+    "inner_steps": 2,
+    "scoping": 0.1,
+    "gamma_min": 0.1,
+    "gamma_total": 3.0,
+    "momentum": 0.9,
+    "nesterov": True,
+    "outer_weight_decay": 0.1,
+    "closure_mode": "inner_loop",
+}
+BY_HAND = [
+    *((method, name, PRESENT[name]) for method, made in METHODS.items() for name in made.kind.WITHOUT),
+    *((method, name, value) for method, made in METHODS.items() for name, value in made.refuses),
+    ("HamiltonJacobi", "averaging", 1.0),
+    ("HamiltonJacobi", "averaging", "mean"),
+    ("HamiltonJacobi prox", "averaging", "linear"),
+    ("HeatSGD", "temperature", -1.0),
+    ("SGLD", "temperature", -1.0),
+    ("SGLD", "lr", -1.0),
+]
+
+
+def test_there_is_a_value_for_every_option_that_may_be_absent() -> None:
+    assert PRESENT.keys() == ABSENT.keys()
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize(("make", "name", "value"), BY_HAND, indirect=["make"])
+def test_what_the_constructor_refuses_is_refused_by_hand_too(make: Method, name: str, value: Any, backend: str) -> None:
+    model = small_model()
+    optimizer = make(model.parameters(), backend=backend)
+    walk(model, optimizer, range(L - 1))
+    backward(model, L - 1)
+    before = snapshot(model, optimizer)
+    optimizer.param_groups[0][name] = value
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        optimizer.step()
+    assert_equal(snapshot(model, optimizer), before)
+
+
+def test_an_anchor_is_made_anew_when_it_is_asked_for_again() -> None:
+    for master_weights in (False, True):
+        p = nn.Parameter(torch.linspace(-1, 1, 9).bfloat16())
+        optimizer = SGLD([p], lr=0.1, temperature=1e-3, gamma=2.0, seed=1, master_weights=master_weights)
+        for step, gamma in enumerate((2.0, math.inf, math.inf, 2.0)):
+            optimizer.param_groups[0]["gamma"] = gamma
+            y = optimizer.state[p].get("master", p.detach().float()).clone()
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+            assert ("anchor" in optimizer.state[p]) == (gamma == 2.0)
+            if step == 3:
+                assert torch.equal(optimizer.state[p]["anchor"], y), "where y was, and the master where there is one"
+
+
+def test_a_count_does_not_outlive_the_average_that_it_is_of() -> None:
+    """A proximal period between two by the fixed point: the second begins like a first one."""
+    p, q = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    optimizer, reference = (HamiltonJacobi([t], inner_steps=L, seed=0, momentum=0.0) for t in (p, q))
+
+    def take(optimizer: HamiltonJacobi, t: nn.Parameter, steps: int) -> None:
+        for _ in range(steps):
+            t.grad = t.detach().clone()
+            optimizer.step()
+
+    take(optimizer, p, L - 1)
+    optimizer.param_groups[0]["inner"] = "prox"
+    take(optimizer, p, 1)
+    optimizer.param_groups[0]["inner"] = "fixed_point"
+    with torch.no_grad():
+        q.copy_(p)
+    take(optimizer, p, 2)
+    take(reference, q, 2)
+    assert torch.equal(p, q)
 
 
 @those(lambda method: method.has_periods)

@@ -44,7 +44,7 @@ def test_said_exactly_where_it_is_lost(dtype: torch.dtype, options: dict[str, An
     ((step, said),) = walk(heat([nn.Parameter(weights.clone())], 0.99 * HALF[dtype], **options), 7)
     assert step == 1
     assert said.startswith("gamma*temperature: the perturbation sqrt(gamma*temperature) = ")
-    assert f"of group 0 is lost in {NAMES[dtype]}: half a unit in the last place of weights of size 1.3 is" in said
+    assert "is lost in params[0]: half a unit in the last place of weights of size 1.3 in " + NAMES[dtype] in said
     assert walk(heat([nn.Parameter(weights.clone())], 1.01 * HALF[dtype], **options), 7) == []
 
     enough = float(re.search(r"It takes ([\d.e-]+) or more, or wider parameters", said)[1])
@@ -69,26 +69,40 @@ def test_stochastic_rounding_is_told_too() -> None:
     std, weights = 0.1 * HALF[torch.bfloat16], torch.full((20_000,), 1.3).bfloat16()
     p = nn.Parameter(weights.clone())
     ((_, said),) = walk(heat([p], std, rounding="stochastic"), 2)
-    assert "is lost in bfloat16" in said
+    assert "is lost in params[0]: " in said
     assert float((p.detach() - weights).double().std()) > 3.0 * std
 
 
-def test_size_is_the_root_mean_square_of_the_weights_of_a_type() -> None:
-    small, large = nn.Parameter(torch.full((10,), 0.01)), nn.Parameter(torch.full((10,), 100.0))
+def test_each_parameter_is_measured_by_itself() -> None:
+    """A few large weights, such as those of a norm, are lost first."""
+    small, large = nn.Parameter(torch.full((10_000,), 0.01)), nn.Parameter(torch.full((10,), 100.0))
     narrow = nn.Parameter(torch.full((10,), 0.5).bfloat16())
-    least = half_ulp(100.0 / math.sqrt(2.0), torch.float32)
-    ((_, said),) = walk(heat([small, large], 0.9 * least), 2)
-    assert "weights of size 70.7 is" in said
-    assert walk(heat([nn.Parameter(torch.full((10,), 0.01))], 0.9 * least), 2) == []
-    ((_, said),) = walk(
-        heat([large, {"params": [small, narrow]}] and [{"params": [small]}, {"params": [large, narrow]}], 1e-4), 2
-    )
-    assert "of group 1 is lost in bfloat16" in said
+    least = half_ulp(100.0, torch.float32)
+    ((_, said),) = walk(heat([("body", small), ("norm", large)], 0.9 * least), 2)
+    assert "is lost in params[1 norm]: half a unit in the last place of weights of size 100 in float32" in said
+    assert walk(heat([small, large], 1.1 * least), 2) == []
+    ((_, said),) = walk(heat([{"params": [small]}, {"params": [large, narrow]}], 1e-6), 2)
+    assert "is lost in params[2] and 1 other: " in said
+    assert "in bfloat16" in said
 
 
+def test_weights_that_grow_are_measured_again() -> None:
+    p = nn.Parameter(torch.zeros(10).bfloat16())
+    optimizer = heat([p], 1e-5, lr=1.0, momentum=0.0)
+    steps = []
+    for step in range(1, 40):
+        p.grad = torch.full_like(p, -0.1)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        steps += [step] * len(caught)
+    assert steps == [3], "after the first outer step they are 0.1"
+
+
+@pytest.mark.filterwarnings("ignore:lr=0 hardly moves")
 @pytest.mark.parametrize(("value", "std"), [(0.0, 1e-50), (1.0, 0.0)])
 def test_nothing_is_said_of_weights_of_zero_or_of_no_perturbation(value: float, std: float) -> None:
-    assert walk(heat([nn.Parameter(torch.full((10,), value))], std), 4) == []
+    assert walk(heat([nn.Parameter(torch.full((10,), value))], std, lr=0.0), 7) == []
 
 
 @pytest.mark.filterwarnings("ignore:lr=0 hardly moves")
@@ -111,11 +125,11 @@ def test_a_floor_keeps_it_from_there() -> None:
 
 def test_a_group_that_joins_is_looked_at() -> None:
     optimizer = heat([nn.Parameter(torch.ones(4))], 1e-3)
-    assert walk(optimizer, 3) == []
+    assert walk(optimizer, 3 * 4) == []
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(4).bfloat16())]})
     ((step, said),) = walk(optimizer, 6)
     assert step == 3
-    assert "of group 1 is lost in bfloat16" in said
+    assert "is lost in params[1]: " in said
 
 
 def test_with_a_clock_the_first_step_says_it() -> None:

@@ -169,6 +169,7 @@ def test_all_methods_at_once_make_one_table_and_one_picture(tmp_path: Path, caps
         (["--seeds", "-1"], "--seeds: expected a whole number in [0, 2**64), got -1"),
         (["--seeds", "1", "1"], "--seeds: expected each only once, got 1 1"),
         (["--method", "all", "sgd"], "--method: all stands for every method, got it with sgd"),
+        (["--method", "controlled-sgd", "--scoping", "1"], "--scoping: not an option of controlled-sgd"),
         (["--method", "hj", "--temperature", "1"], "--temperature: not an option of hj"),
         (["--method", "sgd", "sgd"], "--method: expected each only once, got sgd sgd"),
         (["--batch-size", "2000"], "--batch-size: 2000 is more than the 1257 training examples"),

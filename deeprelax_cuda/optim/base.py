@@ -20,7 +20,15 @@ from deeprelax_cuda.optim.clocks import Clocks, counts_in_numbers, device_of, in
 from deeprelax_cuda.optim.describe import describe
 from deeprelax_cuda.optim.launches import Call, Launch, Launches, Needs
 from deeprelax_cuda.optim.method import Method
-from deeprelax_cuda.optim.options import ABSENT, check_gamma_rule, resolve_seed, select_backend, warn_user
+from deeprelax_cuda.optim.options import (
+    ABSENT,
+    check_absent,
+    check_gamma_rule,
+    check_number,
+    resolve_seed,
+    select_backend,
+    warn_user,
+)
 from deeprelax_cuda.optim.rehearsal import rehearse
 from deeprelax_cuda.optim.scoping import gamma_of
 from deeprelax_cuda.optim.watched import watched
@@ -30,7 +38,7 @@ from deeprelax_cuda.steps import Scalars, check_rounding, round_scalar
 #: The optimizer's one counter, the same in every group: inner steps taken, of them in this period, and outer steps taken.
 COUNTERS = ("step", "position", "outer_steps")
 #: What the numbers that a law gives are called in errors.
-NAMES = {"k": "1/gamma", "c": "gamma", "s": "noise std", "eta": "lr", "lr": "lr"}
+NAMES = {"k": "1/gamma", "c": "gamma", "eta": "lr", "lr": "lr"}
 
 
 class RelaxationOptimizer(Method):
@@ -129,6 +137,8 @@ class RelaxationOptimizer(Method):
             TypeError, ValueError, RuntimeError: a tensor or an option that cannot be served, by name. No step is taken then.
         """
         captures.check_optimizer(self)
+        for group in self.param_groups:
+            check_absent(group, self.METHOD, self.WITHOUT)
         loops = self.param_groups[0]["closure_mode"] == "inner_loop"
         if loops and closure is None and not self._is_untouched():
             raise ValueError(
@@ -319,8 +329,10 @@ class RelaxationOptimizer(Method):
             gamma = float(group["gamma"])
             if not gamma > 0.0:
                 raise ValueError(f"gamma: expected a number above 0, got {gamma}; gamma_min keeps scoping above 0")
+            check_number("gamma", gamma, self.GAMMAS)
+            names = {**NAMES, "s": f"sqrt({'2*lr' if law.lr == 'inner' else 'gamma'}*temperature)"}
             found = law.numbers(gamma, float(group["lr"]))
-            numbers.update({name: round_scalar(NAMES[name], value, dtype) for name, value in found.items()})
+            numbers.update({name: round_scalar(names[name], value, dtype) for name, value in found.items()})
             if (count := call.count) is not None:
                 outer = outer and follows(family, count)
                 numbers["a"] = round_scalar("1 - averaging", law.weight(count, numbers.get("a", 0.0)), dtype)

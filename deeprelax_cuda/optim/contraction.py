@@ -8,6 +8,7 @@ they have in common, and may make |d - p| grow for a few steps where the iterati
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -24,13 +25,15 @@ from deeprelax_cuda.steps import compute_type
 SHORTEST = 3
 #: The last inner steps of a period that are measured, where it has them: two pairs of residuals.
 MEASURED = 3
-#: Periods whose ratios are looked at together.
-WINDOW = 32
+#: Periods whose ratios are looked at together, and how many it takes: noise of few elements has ratios of any size.
+WINDOW, FEWEST = 32, 8
 #: How far the logarithm of one ratio is taken to scatter by the noise of the gradients, before it is known: from minibatch to
 #: minibatch their norm varies by half and more. And how many standard errors the mean of several must lie above chance.
 SCATTER, SURE = 0.5, 4.0
 #: The cosine of two residuals above which they are one line, as those of a mode that grows are, and those of noise are not.
 COLLINEAR = 0.999
+#: Elements from which on noise is hardly ever a line, and how close two ratios of fewer have to be.
+MANY, EQUAL = 64, 1e-4
 #: Residuals below this many units in the last place of the gradient are rounding errors.
 ROUNDING = 16.0
 #: What the gamma that would contract is taken below the largest one.
@@ -42,18 +45,19 @@ NEAR = 0.05
 class _Residual(NamedTuple):
     """d - p of the parameters of these numbers, launch by launch; ``least`` is the square below which it is rounding errors."""
 
-    numbers: list[int]
+    numbers: list[list[int]]
     parts: list[list[Tensor]]
     least: list[Tensor]
 
 
 class _Pair(NamedTuple):
-    """|r|^2, |r'|^2, |r + r'|^2 of two successive residuals, and the least of |r'|^2, each launch by launch on its device."""
+    """|r|^2, |r'|^2, |r + r'|^2 of two successive residuals, and the least of |r'|^2, launch by launch on its device."""
 
     before: list[Tensor]
     after: list[Tensor]
     sum: list[Tensor]
     least: list[Tensor]
+    elements: int
 
 
 class _Growth(NamedTuple):
@@ -62,11 +66,18 @@ class _Growth(NamedTuple):
     ratio: float
     cosine: float
     is_rounding: bool
+    elements: int
 
-    @property
-    def is_certain(self) -> bool:
-        """Whether a mode of the iteration has grown, and not noise."""
-        return self.ratio > 1.0 and abs(self.cosine) >= COLLINEAR and not self.is_rounding
+    def confirms(self, other: _Growth) -> bool:
+        """Whether this and the step before tell that a mode of the iteration grows, and not noise.
+
+        Of few elements those of noise are often one line too. Then the two ratios have to be equal besides.
+        """
+        both = (self, other)
+        if not all(g.ratio > 1.0 and abs(g.cosine) >= COLLINEAR and not g.is_rounding for g in both):
+            return False
+        same = self.cosine * other.cosine > 0.0
+        return same and (self.elements >= MANY or abs(self.ratio / other.ratio - 1.0) < EQUAL)
 
 
 def noise_growth(a: float, length: int) -> float:
@@ -87,9 +98,9 @@ class Contraction:
         self._residual: _Residual | None = None
         self._pairs: list[_Pair] = []
         self._gammas: list[float] = []  # of the groups
-        self._gamma = math.nan  # of the first group, in the first of the periods below
+        self._first_gammas: list[float] = []  # of the first of the periods below
         self._logs: deque[float] = deque(maxlen=WINDOW)
-        self._certain: deque[bool] = deque(maxlen=2)
+        self._growths: deque[_Growth] = deque(maxlen=2)
         self._chance = 0.0  # the logarithm up to which a ratio may be noise
 
     def begin(self) -> None:
@@ -113,8 +124,8 @@ class Contraction:
             now.least.append(_square(residual) * (ROUNDING * torch.finfo(call.bucket.dtype).eps) ** 2)
             torch._foreach_sub_(residual, [own["gradient_average"] for own in call.states])
             now.parts.append(residual)
-            now.numbers.extend(call.bucket.numbers)
-        if (then := self._residual) is not None:  # a ratio is of the same parameters
+            now.numbers.append(list(call.bucket.numbers))
+        if (then := self._residual) is not None:  # a ratio is of the same parameters, in the same launches
             self._pairs = [*self._pairs, _pair(then, now)] if then.numbers == now.numbers else []
         self._residual, self._gammas = now, [float(group["gamma"]) for group in groups]
 
@@ -128,14 +139,15 @@ class Contraction:
         self.last = math.nan
         if not found:
             return None
-        gamma, self.last = self._gammas[0], found[-1].ratio
-        if not abs(gamma / self._gamma - 1.0) < NEAR:  # also at the first
+        self.last = found[-1].ratio
+        pairs = itertools.zip_longest(self._gammas, self._first_gammas, fillvalue=math.nan)
+        if not all(abs(gamma / first - 1.0) < NEAR for gamma, first in pairs) or not self._first_gammas:
             self._logs.clear()
-            self._certain.clear()
-            self._gamma = gamma
+            self._growths.clear()
+            self._first_gammas = self._gammas
         if not found[-1].is_rounding:  # else it has converged
             self._logs.append(math.log(self.last))
-        self._certain.extend(growth.is_certain for growth in found)
+        self._growths.extend(found)
         self._chance = math.log(noise_growth(max(weights), length))
         if not self.grows():
             return None
@@ -146,10 +158,11 @@ class Contraction:
         # Which group's they are is not known.
         turned = found[-1].cosine < 0.0
         part = MARGIN * min((2.0 - a) / (1.0 + ratio - a) if turned else a / (ratio - 1.0 + a) for a in weights)
-        remedy = f"gamma={suggestion(part * gamma)}" if len(set(self._gammas)) == 1 else f"{number(part)} times every gamma"
+        gammas = list(dict.fromkeys(self._gammas))
+        remedy = f"gamma={suggestion(part * gammas[0])}" if len(gammas) == 1 else f"{number(part)} times every gamma"
         return (
-            f"check_contraction: the fixed point does not contract at gamma={number(gamma)}: |d - p| grows {number(ratio)} "
-            f"times an inner step{since}. It would contract at {remedy}, noise of the gradients aside; "
+            f"check_contraction: the fixed point does not contract at gamma={', '.join(map(number, gammas))}: |d - p| grows "
+            f"{number(ratio)} times an inner step{since}. It would contract at {remedy}, noise of the gradients aside; "
             'inner="prox" needs no such gamma'
         )
 
@@ -161,7 +174,7 @@ class Contraction:
         """Whether the residuals grow: along a line twice in succession, or in the mean by more than chance would have it."""
         if self._is_certain():
             return True
-        if not (n := len(self._logs)):
+        if (n := len(self._logs)) < FEWEST:
             return False
         mean = sum(self._logs) / n
         scatter = math.sqrt((SCATTER**2 + sum((log - mean) ** 2 for log in self._logs)) / n)
@@ -179,7 +192,7 @@ class Contraction:
         return number(self.last), f"{words}: {verdict}"
 
     def _is_certain(self) -> bool:
-        return len(self._certain) == 2 and all(self._certain)
+        return len(self._growths) == 2 and self._growths[1].confirms(self._growths[0])
 
 
 def _square(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
@@ -189,13 +202,14 @@ def _square(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
 
 def _pair(then: _Residual, now: _Residual) -> _Pair:
     sums = [_square(torch._foreach_add(a, b)) for a, b in zip(then.parts, now.parts, strict=True)]
-    return _Pair([_square(part) for part in then.parts], [_square(part) for part in now.parts], sums, now.least)
+    elements = sum(t.numel() for part in now.parts for t in part)
+    return _Pair([_square(part) for part in then.parts], [_square(part) for part in now.parts], sums, now.least, elements)
 
 
 def _growth(pair: _Pair) -> _Growth | None:
     """Read a pair, for which the host waits; None where there is nothing, or nothing finite, to compare."""
-    before, after, both, least = (sum(map(float, numbers)) for numbers in pair)
+    before, after, both, least = (sum(map(float, numbers)) for numbers in pair[:4])
     if not (before > 0.0 and after > 0.0 and math.isfinite(before + after)):
         return None
     cosine = (both - before - after) / (2.0 * math.sqrt(before * after))
-    return _Growth(math.sqrt(after / before), cosine, after < least)
+    return _Growth(math.sqrt(after / before), cosine, after < least, pair.elements)

@@ -59,7 +59,7 @@ class Seen:
 
     ``gradients`` of them hold a gradient, of root mean square ``gradient_rms``: NaN where one is not finite. ``held`` gives the
     root mean square of the live weights for each type to which they are rounded to nearest, ``shown`` for each type in which
-    the model computes with them.
+    the model computes with them, ``coarsest`` that of the parameter in which it is largest.
     """
 
     parameters: int
@@ -67,6 +67,7 @@ class Seen:
     gradient_rms: float
     held: dict[torch.dtype, float]
     shown: dict[torch.dtype, float]
+    coarsest: dict[torch.dtype, float]
 
 
 def number(value: float) -> str:
@@ -121,7 +122,7 @@ def drift_notes(seen: Seen, step: float, whole: float, words: str) -> Notes:
     """Say how far a step goes along the gradients: ``step`` times their size, up to ``whole`` times it with momentum."""
     notes = Notes()
     if not seen.gradients:
-        notes.line("drift", "?", "no gradients are present: describe() after backward() compares them with the noise")
+        notes.line("drift", "?", "no gradients are present: describe() after backward() says it")
     elif math.isnan(seen.gradient_rms):
         notes.line("drift", "nan", "gradients hold inf or nan: they are compared with nothing")
     else:
@@ -145,12 +146,12 @@ def digits_notes(
     """
     notes = Notes()
     for dtype, weight in weights.items():
-        least = half_ulp(weight, dtype) if weight > 0.0 else 0.0
+        least = coarseness(weight, dtype)
         lost = [f"{name} ({number(size)})" for name, size in sizes.items() if 0.0 < size < least]
         notes.advise(
             bool(lost),
             f"Most of the {' and '.join(lost)} of a step is rounded away: half a unit in the last place of weights of size "
-            f"{number(weight)} in {_name(dtype)} is {number(least)}; {remedies.get(dtype, other)}.",
+            f"{number(weight)} in {type_name(dtype)} is {number(least)}; {remedies.get(dtype, other)}.",
         )
     return notes
 
@@ -261,8 +262,8 @@ def _cost(optimizer: RelaxationOptimizer, group: dict[str, Any], roles_of: dict[
         each = each or "none"
         if not optimizer._is_training():
             total, each, copy = total + live, f"{each}, the copy of y {live}", "train() frees the copy"
-        whole = total * sum(p.numel() for p in stepped)
-        notes.line("state", str(total), f"bytes per {_name(dtype)} element: {each}; {whole:,} bytes in all; {copy}")
+        whole = total * sum(p.numel() for p in stepped if not is_lazy(p))
+        notes.line("state", str(total), f"bytes per {type_name(dtype)} element: {each}; {whole:,} bytes in all; {copy}")
     return notes
 
 
@@ -291,26 +292,50 @@ def _look(optimizer: RelaxationOptimizer, group: dict[str, Any], roles_of: dict[
             weights.setdefault(torch.float32 if has_master else p.dtype, []).append(y)
         shown.setdefault(p.dtype, []).append(p)
     held, seen = ({dtype: rms(ys) for dtype, ys in by_type.items()} for by_type in (weights, shown))
-    return Seen(len(group["params"]), len(grads), rms(grads), held, seen)
+    coarsest = {dtype: max(sizes(ys)) for dtype, ys in shown.items()}
+    return Seen(len(group["params"]), len(grads), rms(grads), held, seen, coarsest)
 
 
 def rms(tensors: Sequence[Tensor]) -> float:
     """Return the root mean square of all elements together; 0 where there are none."""
-    there = [t for t in tensors if not is_lazy(t) and not t.is_meta]
-    readable = [t for t in there if t.layout == torch.strided and t.is_floating_point() and t.numel()]
-    wide = [torch.float32 if t.device.type == "mps" else torch.float64 for t in readable]  # the former has no float64
-    norms = [float(torch.linalg.vector_norm(t, dtype=dtype)) for t, dtype in zip(readable, wide, strict=True)]
-    if not all(map(math.isfinite, norms)):
-        return math.nan
-    return math.hypot(*norms) / math.sqrt(sum(t.numel() for t in readable) or 1)
+    squares = [(size * size * t.numel(), t.numel()) for size, t in zip(sizes(tensors), tensors, strict=True) if _is_readable(t)]
+    total = sum(square for square, _ in squares)
+    return math.sqrt(total / (sum(n for _, n in squares) or 1)) if math.isfinite(total) else math.nan
+
+
+def sizes(tensors: Sequence[Tensor]) -> list[float]:
+    """Return the root mean square of each tensor, 0 where there is nothing to read; the host waits once for each device."""
+    found = [0.0] * len(tensors)
+    by_device: dict[torch.device, list[int]] = {}
+    for i, t in enumerate(tensors):
+        if _is_readable(t):
+            by_device.setdefault(t.device, []).append(i)
+    for device, at in by_device.items():
+        wide = torch.float32 if device.type == "mps" else torch.float64  # the former has no float64
+        norms = torch.stack([torch.linalg.vector_norm(tensors[i].detach(), dtype=wide) for i in at])
+        for i, norm in zip(at, norms.tolist(), strict=True):
+            found[i] = norm / math.sqrt(tensors[i].numel())
+    return found
+
+
+def _is_readable(t: Tensor) -> bool:
+    there = not is_lazy(t) and not t.is_meta
+    return there and t.layout == torch.strided and t.is_floating_point() and t.numel() > 0
+
+
+def coarseness(size: float, dtype: torch.dtype) -> float:
+    """Return half a unit in the last place of weights of a size; 0 where they have none."""
+    return half_ulp(size, dtype) if 0.0 < size < math.inf else 0.0
 
 
 def _size(params: Sequence[Tensor]) -> str:
-    names = ", ".join(_name(dtype) for dtype in dict.fromkeys(p.dtype for p in params))
-    return f"{count(len(params), 'parameter')}, {count(sum(p.numel() for p in params), 'element')}" + (names and f", {names}")
+    names = ", ".join(type_name(dtype) for dtype in dict.fromkeys(p.dtype for p in params))
+    elements = sum(p.numel() for p in params if not is_lazy(p))
+    return f"{count(len(params), 'parameter')}, {count(elements, 'element')}" + (names and f", {names}")
 
 
-def _name(dtype: torch.dtype) -> str:
+def type_name(dtype: torch.dtype) -> str:
+    """Write a type without the name of torch."""
     return str(dtype).removeprefix("torch.")
 
 

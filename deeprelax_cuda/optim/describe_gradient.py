@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from deeprelax_cuda.optim.describe import Notes, Seen, digits_notes, number, setting
+from deeprelax_cuda.optim.describe import Notes, Seen, digits_notes, drift_notes, number, setting, type_name
 
 #: Curvatures, times gamma, at which the rate of the fixed point is given.
 CURVATURES = (0.1, 1.0)
@@ -20,9 +20,10 @@ def fixed_point_notes(group: dict[str, Any], averaging: float | str, seen: Seen)
     """Say how far from x the fixed point looks, and for which curvatures it contracts."""
     notes = Notes()
     gamma, length = float(group["gamma"]), group["inner_steps"]
-    notes += _drift("drift", gamma, seen, "gamma")
+    notes += drift_notes(seen, gamma, gamma, "from x to where gradients are taken, gamma")
     if averaging == "linear":
-        notes.line("damping", "1/j", f'averaging="linear": p is the plain mean of the {length} gradients of a period')
+        words = f'averaging="linear": p is the plain mean of the {length} gradients of a period; the j-th multiplies the '
+        notes.line("damping", "1/j", words + "distance to p by 1 - (1 + gamma*h)/j")
     else:
         a = 1.0 if averaging == "last" else 1.0 - float(averaging)
         most = (2.0 / a - 1.0) / gamma
@@ -37,8 +38,11 @@ def fixed_point_notes(group: dict[str, Any], averaging: float | str, seen: Seen)
         length == 1,
         "inner_steps=1: p is the gradient at x, and the method is SGD. It takes 2 or more to look at x - gamma*p.",
     )
+    idle = [name for name, unused in (("inner_lr", 0.1), ("inner_momentum", 0.0)) if group[name] != unused]
+    notes.advise(bool(idle), f'{" and ".join(idle)}: without effect, as inner="fixed_point".')
+    notes.advise(bool(group["nesterov"]) and not group["momentum"], "nesterov=True is ignored, as momentum is 0.")
     size = gamma * seen.gradient_rms
-    lost = digits_notes({"drift gamma*p": size}, seen.shown, {}, "it wants a larger gamma or wider parameters")
+    lost = digits_notes({"drift gamma*p": size}, seen.coarsest, {}, "it wants a larger gamma or wider parameters")
     return notes + (lost if seen.gradients and size == size else Notes())
 
 
@@ -50,10 +54,11 @@ def heat_notes(group: dict[str, Any], seen: Seen) -> Notes:
     if std:
         words += f"; a wave of length {number(2.0 * math.pi * std)} is damped to 0.61 of its height, a longer one less"
     notes.line("perturbation", number(std), words)
+    notes.advise(bool(group["nesterov"]) and not group["momentum"], "nesterov=True is ignored, as momentum is 0.")
     notes.advise(std == 0.0, "temperature=0: nothing is smoothed; p is the mean of gradients at x, as of a larger batch.")
     for dtype, size in seen.shown.items():
         part = std / size if size > 0.0 else 0.0
-        name = str(dtype).removeprefix("torch.")
+        name = type_name(dtype)
         notes.line("", number(part), f"of the size {number(size)} of the {name} weights")
         notes.advise(
             part > 1.0,
@@ -61,17 +66,4 @@ def heat_notes(group: dict[str, Any], seen: Seen) -> Notes:
             "far from anything that was trained. A smaller gamma or temperature.",
         )
     notes.line("mean", f"{length}", f"gradients in p; {length - 1} in the first period, which does not count the one at x")
-    return notes + digits_notes({"perturbation": std}, seen.shown, {}, "it wants a larger temperature or wider parameters")
-
-
-def _drift(name: str, step: float, seen: Seen, words: str) -> Notes:
-    notes = Notes()
-    if not seen.gradients:
-        notes.line(name, "?", "no gradients are present: describe() after backward() says how far from x the next is taken")
-    elif math.isnan(seen.gradient_rms):
-        notes.line(name, "nan", "gradients hold inf or nan")
-    else:
-        size = step * seen.gradient_rms
-        words = f"how far from x gradients are taken: {words} times the root mean square {number(seen.gradient_rms)} of them"
-        notes.line(name, number(size), words)
-    return notes
+    return notes + digits_notes({"perturbation": std}, seen.coarsest, {}, "it wants a larger temperature or wider parameters")

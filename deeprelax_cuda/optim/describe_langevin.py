@@ -66,7 +66,7 @@ def diverging(group: dict[str, Any], index: int) -> str:
     """Return the warning that it does."""
     return (
         f"gamma={group['gamma']:.3g} in group {index}: so stiff a coupling makes the inner steps diverge from now on; "
-        "set gamma_min, describe() says to what"
+        f"set {'gamma_min' if _has_rule(group) else 'gamma'}, describe() says to what"
     )
 
 
@@ -197,7 +197,7 @@ def _coupling(group: dict[str, Any], momentum: Momentum, too_weak: str) -> Notes
     if inner_lr == 0.0:
         return notes
 
-    has_rule = group["scoping"] != 0.0 or group["gamma_total"] is not None
+    has_rule = _has_rule(group)
     lowest = inner_lr / limit  # gamma there is no longer stable
     first = steps_until_below(lambda n: gamma_after(group, n), lowest, start=group["outer_steps"])
     safe = f"={suggestion(2.0 * lowest)} or more, or a smaller inner_lr"
@@ -252,6 +252,10 @@ def _relaxation(group: dict[str, Any], momentum: Momentum, too_weak: str) -> Not
         f"and a period has {length}. So {too_weak}. It would act with gamma={suggestion(acting)}{remedy}.",
     )
     return notes
+
+
+def _has_rule(group: dict[str, Any]) -> bool:
+    return group["scoping"] != 0.0 or group["gamma_total"] is not None
 
 
 def _rule(group: dict[str, Any]) -> str:

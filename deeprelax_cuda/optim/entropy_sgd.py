@@ -247,6 +247,9 @@ class EntropySGD(RelaxationOptimizer):
     def _notes(self, group: dict[str, Any], seen: Seen) -> Notes:
         return langevin_notes(group, seen) + super()._notes(group, seen) + overshoot_notes(group)
 
+    def _has_begun(self) -> None:
+        self._moved_anchor()
+
     def _moved_anchor(self) -> None:
         for i, group in enumerate(self.param_groups):
             if coupling_diverges(group):

@@ -76,7 +76,7 @@ class HamiltonJacobi(RelaxationOptimizer):
             last ratio is in `stats` as "contraction", and what they come to in `describe`. Without noise in the gradients the
             first period tells (of 3 inner_steps the first two). Noise does not shrink, which keeps the ratio near 1 and
             scatters it; through it the warning comes once ratios stay above what noise can do. It costs some passes over
-            gradients and p and three copies of the gradients a period, and waits for the device once; the steps are the same
+            gradients and p and three copies of the gradients a period, and reads the device at its end; the steps are the same
             bits.
         maximize, seed, backend, rounding, master_weights, closure_mode, capturable, foreach, fused, differentiable: as for
             `EntropySGD`.
@@ -92,7 +92,8 @@ class HamiltonJacobi(RelaxationOptimizer):
     WITHOUT: ClassVar[tuple[str, ...]] = ("gamma_total",)
     GAMMAS: ClassVar[str] = "(0, inf)"
     OUTER_STEP: ClassVar[str] = "lr, the step of x along p"
-    LR: ClassVar[str] = "the size of the outer step, 0.1 to 1"
+    LR: ClassVar[str] = "the step along the gradient that the inner steps have found, 0.1 or so, once in inner_steps calls"
+    SMALLEST_USEFUL_LR: ClassVar[float] = 1e-3
 
     def __init__(
         self,
@@ -144,6 +145,11 @@ class HamiltonJacobi(RelaxationOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
+        check_langevin({**PLAIN, **group, "averaging": "last"})
+        self._check_inner(group)
+
+    def _check_inner(self, group: dict[str, Any]) -> None:
+        """Refuse options of the inner loop that do not go together, in a new group and at each step."""
         check_choice("inner", group["inner"], ("fixed_point", "prox"))
         check_choice("check_contraction", group["check_contraction"], (False, True))
         prox, averaging = group["inner"] == "prox", group["averaging"]
@@ -151,7 +157,6 @@ class HamiltonJacobi(RelaxationOptimizer):
             raise ValueError(f'averaging: inner="prox" averages nothing, expected "last" or None, got {averaging!r}')
         if averaging is not None:
             check_averaging(averaging)
-        check_langevin({**PLAIN, **group, "averaging": "last"})
         if group["check_contraction"]:
             needed = f"check_contraction: expected False with {'{}'}, got True"
             if prox:
@@ -159,16 +164,17 @@ class HamiltonJacobi(RelaxationOptimizer):
             if group["capturable"]:
                 raise ValueError(needed.format("capturable=True, as it reads the device"))
             if group["inner_steps"] < SHORTEST:
-                raise ValueError(needed.format(f"fewer than {SHORTEST} inner_steps, of which it takes the last two"))
+                raise ValueError(needed.format(f"fewer than {SHORTEST} inner_steps, of which it takes the last"))
 
     def _roles(self, group: dict[str, Any], dtype: torch.dtype) -> list[str]:
         roles = super()._roles(group, dtype)
         return roles + langevin_roles(_as_langevin(group)) if group["inner"] == "prox" else roles
 
     def _inner_scalars(self, group: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+        self._check_inner(group)
         if group["inner"] == "prox":
             return langevin_scalars(_as_langevin(group), dtype)
-        return {"a": round_scalar("1 - averaging", weight_of_sample(damping(group)), dtype)}
+        return {"a": round_scalar("1 - averaging", weight_of_sample(averaging_of(group)), dtype)}
 
     def _observe(self, launches: list[Launch]) -> None:
         first = self.param_groups[0]
@@ -178,13 +184,16 @@ class HamiltonJacobi(RelaxationOptimizer):
                 self._contraction.begin()
             self._contraction.measure(launches, self.param_groups)
 
-    def _moved_anchor(self) -> None:
+    def _has_begun(self) -> None:
         for i, group in enumerate(self.param_groups):
             if group["inner"] == "prox" and coupling_diverges(_as_langevin(group)):
                 self._warn_once("diverging", diverging(group, i))
+
+    def _moved_anchor(self) -> None:
+        self._has_begun()
         if (first := self.param_groups[0])["check_contraction"]:
             groups, length = self.param_groups, first["inner_steps"]
-            weights = [self._law(group).weight(length - 1, weight_of_sample(damping(group))) for group in groups]
+            weights = [self._law(group).weight(length - 1, weight_of_sample(averaging_of(group))) for group in groups]
             if said := self._contraction.conclude(weights, length):
                 self._warn_once("contraction", said)
 
@@ -195,15 +204,16 @@ class HamiltonJacobi(RelaxationOptimizer):
         if group["inner"] == "prox":
             outer = outer_notes(group, super().OUTER_STEP, self.LR, self.SMALLEST_USEFUL_LR) + overshoot_notes(group)
             return proximal_notes(_as_langevin(group), seen) + gamma_notes(group) + outer
-        notes = fixed_point_notes(group, damping(group), seen)
+        notes = fixed_point_notes(group, averaging_of(group), seen)
         if group["check_contraction"]:
             notes.line("contraction", *self._contraction.words())
         return notes + super()._notes(group, seen)
 
 
-def damping(group: dict[str, Any]) -> float | str:
+def averaging_of(group: dict[str, Any]) -> float | str:
     """Return the averaging of the fixed point."""
-    return 0.75 if group["averaging"] is None else group["averaging"]
+    averaging: float | str | None = group["averaging"]
+    return 0.75 if averaging is None else averaging
 
 
 def _as_langevin(group: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -10,8 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from deeprelax_cuda.clock import Law
 from deeprelax_cuda.optim.base import RelaxationOptimizer
-from deeprelax_cuda.optim.constants import half_ulp
-from deeprelax_cuda.optim.describe import Notes, Seen, number, rms
+from deeprelax_cuda.optim.describe import Notes, Seen, coarseness, count, number, sizes, type_name
 from deeprelax_cuda.optim.describe_gradient import heat_notes, perturbation
 from deeprelax_cuda.optim.options import arguments, check_number
 from deeprelax_cuda.steps import Family, Rounding
@@ -53,8 +54,9 @@ class HeatSGD(RelaxationOptimizer):
         weight_decay: added to the gradient, inside the inner steps, times the perturbed weights.
         outer_weight_decay: in the outer step.
         maximize, seed, backend, rounding, master_weights, closure_mode, capturable, foreach, fused, differentiable: as for
-            `EntropySGD`. A warning says where the perturbation is too small for the type of the parameters, in which the model
-            computes: masters do not help.
+            `EntropySGD`. A warning names the parameters in whose type the perturbation is too small: that type is what the
+            model computes with, so that masters do not help. For it the weights are measured at the first step and after 1, 2,
+            4, 8, ... outer steps.
 
     Raises:
         ValueError, TypeError: an option outside its range, by name; in a process group of several ranks, no seed.
@@ -67,7 +69,8 @@ class HeatSGD(RelaxationOptimizer):
     GAMMAS: ClassVar[str] = "(0, inf)"
     FIRST_COUNT: ClassVar[int] = -1  # the gradient at x itself
     OUTER_STEP: ClassVar[str] = "lr, the step of x along p"
-    LR: ClassVar[str] = "the step along the mean gradient, 0.1 to 1"
+    LR: ClassVar[str] = "the step along the mean gradient, 0.1 or so, once in inner_steps calls"
+    SMALLEST_USEFUL_LR: ClassVar[float] = 1e-3
 
     def __init__(
         self,
@@ -98,7 +101,8 @@ class HeatSGD(RelaxationOptimizer):
 
     def _forget(self) -> None:
         super()._forget()
-        self._sizes: dict[int, dict[torch.dtype, float]] = {}  # of the weights of each group and type, at first
+        # The perturbation that the coarsest parameter can just hold, and how many there were when they were measured.
+        self._least, self._parameters = 0.0, 0
 
     def _family(self, group: dict[str, Any]) -> Family:
         return "gradient_average"
@@ -108,44 +112,57 @@ class HeatSGD(RelaxationOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
+        self._check_inner(group)
+
+    def _check_inner(self, group: dict[str, Any]) -> None:
+        """Refuse options of the inner loop, in a new group and at each step."""
         check_number("temperature", group["temperature"], "[0, inf)")
         if group["inner_steps"] < 2:
-            raise ValueError(
-                "inner_steps: expected at least 2, as the first gradient is taken without noise and does not count"
-            )
+            raise ValueError("inner_steps: expected at least 2, as the first gradient is at x and does not count, got 1")
 
     def _inner_scalars(self, group: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-        check_number("temperature", group["temperature"], "[0, inf)")
+        self._check_inner(group)
         return {}
 
     def _has_begun(self) -> None:
-        self._warn_lost()
+        self._warn_lost(measures=True)
 
     def _moved_anchor(self) -> None:
-        self._warn_lost()
+        n = self.param_groups[0]["outer_steps"]
+        self._warn_lost(measures=n & (n - 1) == 0)  # weights grow, most of all at first
 
-    def _warn_lost(self) -> None:
-        """Warn where the perturbation is rounded away."""
+    def _warn_lost(self, *, measures: bool) -> None:
+        """Warn where the perturbation is rounded away; ``measures`` asks for the size of the weights, which waits for them."""
         if "lost" in self._warned or self._is_rehearsal:
             return
-        for i, group in enumerate(self.param_groups):
-            if i not in self._sizes:
-                by_type: dict[torch.dtype, list[Tensor]] = {}
-                for p in group["params"]:
-                    by_type.setdefault(p.dtype, []).append(p)
-                self._sizes[i] = {dtype: rms(ps) for dtype, ps in by_type.items()}
+        smallest = min((std for group in self.param_groups if (std := perturbation(group)) > 0.0), default=math.inf)
+        parameters = sum(len(group["params"]) for group in self.param_groups)
+        if not (measures or smallest < self._least or parameters != self._parameters):
+            return
+        labels, number_of = self._labels(), itertools.count()
+        self._least, self._parameters = 0.0, parameters
+        for group in self.param_groups:
             std = perturbation(group)
-            for dtype, size in self._sizes[i].items():
-                least = half_ulp(size, dtype) if size > 0.0 else 0.0
+            lost: list[tuple[str, torch.dtype, float]] = []
+            for p, size in zip(group["params"], sizes(group["params"]), strict=True):
+                label, least = labels[next(number_of)], coarseness(size, p.dtype)
+                self._least = max(self._least, least)
                 if 0.0 < std < least:
-                    name = str(dtype).removeprefix("torch.")
-                    self._warn_once(
-                        "lost",
-                        f"gamma*temperature: the perturbation sqrt(gamma*temperature) = {number(std)} of group {i} is lost in "
-                        f"{name}: half a unit in the last place of weights of size {number(size)} is {number(least)}, so the "
-                        f"gradients are not those of the smoothed loss. It takes {number(4.0 * least * least)} or more, or "
-                        "wider parameters",
-                    )
+                    lost.append((label, p.dtype, size))
+            if lost:
+                self._warn_once("lost", _lost(std, lost))
 
     def _notes(self, group: dict[str, Any], seen: Seen) -> Notes:
         return heat_notes(group, seen) + super()._notes(group, seen)
+
+
+def _lost(std: float, lost: list[tuple[str, torch.dtype, float]]) -> str:
+    """Return the warning that a perturbation is lost in parameters, each a name, a type and the size of its weights."""
+    label, dtype, size = max(lost, key=lambda entry: coarseness(entry[2], entry[1]))
+    least = coarseness(size, dtype)
+    others = f" and {count(len(lost) - 1, 'other')}" if len(lost) > 1 else ""
+    return (
+        f"gamma*temperature: the perturbation sqrt(gamma*temperature) = {number(std)} is lost in params[{label}]{others}: half "
+        f"a unit in the last place of weights of size {number(size)} in {type_name(dtype)} is {number(least)}, so their "
+        f"gradients are not those of the smoothed loss. It takes {number(4.0 * least * least)} or more, or wider parameters"
+    )

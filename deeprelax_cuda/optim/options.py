@@ -79,9 +79,7 @@ def check_loop_options(group: dict[str, Any], method: str, without: Collection[s
         without: those of `ABSENT` that the method has not.
         gammas: the interval of its gamma.
     """
-    for name in without:
-        if group[name] != ABSENT[name]:
-            raise ValueError(f"{name}: {method} has no such option, got {group[name]!r}")
+    check_absent(group, method, without)
     check_number("lr", group["lr"], "[0, inf)")
     check_number("gamma", group["gamma"], gammas)
     if "inner_steps" not in without:
@@ -100,6 +98,14 @@ def check_loop_options(group: dict[str, Any], method: str, without: Collection[s
     if group["differentiable"]:
         raise ValueError("differentiable: expected False, as the step is fused and in place")
     check_backend(group)
+
+
+def check_absent(group: dict[str, Any], method: str, without: Collection[str]) -> None:
+    """Refuse a value of an option that the method has not, also one that was put into the group by hand."""
+    for name in without:
+        if group[name] != ABSENT[name]:
+            hint = "; does a scheduler cycle it?" if name == "momentum" else ""
+            raise ValueError(f"{name}: {method} has no such option, got {group[name]!r}{hint}")
 
 
 def check_gamma_rule(group: dict[str, Any]) -> None:

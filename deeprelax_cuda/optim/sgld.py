@@ -104,8 +104,8 @@ class SGLD(RelaxationOptimizer):
 
     def _inner_scalars(self, group: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         check_number("temperature", group["temperature"], "[0, inf)")
-        if group["momentum"]:
-            raise ValueError(f"momentum: SGLD has no such option, got {group['momentum']!r}; does a scheduler cycle it?")
+        if not group["capturable"]:
+            check_number("lr", group["lr"], "[0, inf)")
         return {}
 
     def _legend(self, group: dict[str, Any]) -> str:

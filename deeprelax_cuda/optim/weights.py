@@ -210,19 +210,24 @@ class TwoWeights(Optimizer):
             state["average"].copy_(state["anchor"])
 
 
+#: State that goes where it is not asked for.
+FOLLOWING = ("anchor", "gradient_average", "period_steps", "master")
+
+
 def complete_state(state: dict[str, Any], p: Tensor, roles: list[str], first_count: int) -> dict[str, Any]:
     """Return the state of a parameter with all ``roles``, laid out like it: ``state`` itself where it is that already.
 
     What is missing begins: ``x = m = y``, ``p`` and momentum buffers of zeros, "period_steps" at ``first_count``. What lies
-    otherwise in memory, since the parameter has been laid out anew, say by ``model.to(memory_format=...)``, is copied. A master
-    that is not asked for goes, because it would not follow ``y``.
+    otherwise in memory, since the parameter has been laid out anew, say by ``model.to(memory_format=...)``, is copied. What
+    would be wrong when it is asked for again, because it does not follow the steps meanwhile, goes: `FOLLOWING`.
     """
-    whole = {role: _laid_out_like(p, value) for role, value in state.items() if role != "master" or role in roles}
+    kept = {role: value for role, value in state.items() if role in roles or role not in FOLLOWING}
+    whole = {role: _laid_out_like(p, value) for role, value in kept.items()}
     for role in roles:
         if role in whole:
             continue
         if role in ("anchor", "master"):
-            whole[role] = p.detach().to(compute_type(p.dtype), copy=True)
+            whole[role] = whole.get("master", p.detach()).to(compute_type(p.dtype), copy=True)
         elif role == "average":
             whole[role] = whole["anchor"].clone()
         elif role == "period_steps":

@@ -104,7 +104,10 @@ METHODS = {
     "sgd": Method(_sgd, SGD_OPTIONS),
     "sgd-ema": Method(_averaged_sgd, (*SGD_OPTIONS, "ema_decay")),
     "entropy-sgd": Method(_entropy_sgd, (*PERIOD_OPTIONS, *INNER_OPTIONS, "gamma_total", "temperature")),
-    "controlled-sgd": Method(_controlled_sgd, (*PERIOD_OPTIONS, *INNER_OPTIONS, "gamma_total", "temperature")),
+    "controlled-sgd": Method(
+        _controlled_sgd,
+        (*SGD_OPTIONS, "inner_steps", "gamma_min", "gamma_total", *INNER_OPTIONS, "temperature", *STEP_OPTIONS),
+    ),
     "hj": Method(_hamilton_jacobi, PERIOD_OPTIONS),
     "hj-prox": Method(_proximal, (*PERIOD_OPTIONS, *INNER_OPTIONS)),
     "heat": Method(_heat, (*PERIOD_OPTIONS, "temperature")),
