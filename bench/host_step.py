@@ -44,6 +44,9 @@ def optimizers(count: int, numel: int) -> dict[str, Optimizer]:
     return {
         OURS: dr.EntropySGD(params(), temperature=0.0, seed=0),
         f"{OURS}, noise": dr.EntropySGD(params(), temperature=1e-8, seed=0),
+        "HamiltonJacobi": dr.HamiltonJacobi(params(), seed=0),
+        "HeatSGD": dr.HeatSGD(params(), seed=0),
+        "SGLD": dr.SGLD(params(), lr=0.1, temperature=1e-6, seed=0),
         THEIRS: torch.optim.SGD(params(), lr=0.1, momentum=0.9, fused=True),
         "SGD, foreach": torch.optim.SGD(params(), lr=0.1, momentum=0.9, foreach=True),
     }
