@@ -69,10 +69,12 @@ class Law(NamedTuple):
         """Return the numbers of `Scalars` that follow from gamma and lr, in binary64: they are yet to be rounded."""
         found = {"eta": lr, "s": self._deviation(2.0 * lr)} if self.lr == "inner" else {"lr": lr}
         if self.gamma == "stiffness":
-            return {**found, "k": 1.0 / gamma if gamma else math.inf}
-        if self.gamma == "drift":
-            return {**found, "c": gamma}
-        return {**found, "s": self._deviation(gamma)}
+            found["k"] = 1.0 / gamma if gamma else math.inf
+        elif self.gamma == "drift":
+            found["c"] = gamma
+        else:
+            found["s"] = self._deviation(gamma)
+        return found
 
     def _deviation(self, per_degree: float) -> float:
         """Return the standard deviation of noise; without a temperature there is none, whatever gamma and lr become."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +39,10 @@ from deeprelax_cuda.steps import Scalars, check_rounding, round_scalar
 #: The optimizer's one counter, the same in every group: inner steps taken, of them in this period, and outer steps taken.
 COUNTERS = ("step", "position", "outer_steps")
 #: What the numbers that a law gives are called in errors.
-NAMES = {"k": "1/gamma", "c": "gamma", "eta": "lr", "lr": "lr"}
+NAMES = {
+    "outer": {"k": "1/gamma", "c": "gamma", "s": "sqrt(gamma*temperature)", "lr": "lr"},
+    "inner": {"k": "1/gamma", "eta": "lr", "s": "sqrt(2*lr*temperature)"},
+}
 
 
 class RelaxationOptimizer(Method):
@@ -137,8 +141,9 @@ class RelaxationOptimizer(Method):
             TypeError, ValueError, RuntimeError: a tensor or an option that cannot be served, by name. No step is taken then.
         """
         captures.check_optimizer(self)
-        for group in self.param_groups:
-            check_absent(group, self.METHOD, self.WITHOUT)
+        if self.WITHOUT:
+            for group in self.param_groups:
+                check_absent(group, self.METHOD, self.WITHOUT)
         loops = self.param_groups[0]["closure_mode"] == "inner_loop"
         if loops and closure is None and not self._is_untouched():
             raise ValueError(
@@ -329,10 +334,10 @@ class RelaxationOptimizer(Method):
             gamma = float(group["gamma"])
             if not gamma > 0.0:
                 raise ValueError(f"gamma: expected a number above 0, got {gamma}; gamma_min keeps scoping above 0")
-            check_number("gamma", gamma, self.GAMMAS)
-            names = {**NAMES, "s": f"sqrt({'2*lr' if law.lr == 'inner' else 'gamma'}*temperature)"}
-            found = law.numbers(gamma, float(group["lr"]))
-            numbers.update({name: round_scalar(names[name], value, dtype) for name, value in found.items()})
+            if gamma == math.inf:
+                check_number("gamma", gamma, self.GAMMAS)
+            for name, value in law.numbers(gamma, float(group["lr"])).items():
+                numbers[name] = round_scalar(NAMES[law.lr][name], value, dtype)
             if (count := call.count) is not None:
                 outer = outer and follows(family, count)
                 numbers["a"] = round_scalar("1 - averaging", law.weight(count, numbers.get("a", 0.0)), dtype)
