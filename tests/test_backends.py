@@ -139,6 +139,7 @@ def test_no_backend_at_all_raises_with_every_reason(unbuilt, monkeypatch):
         backends.select("cpu", torch.float32)
 
 
+@pytest.mark.filterwarnings("ignore:deeprelax_cuda. backend eager serves")
 @pytest.mark.parametrize("device", ["cuda", "xpu"])
 def test_other_devices_have_an_order_too(device):
     assert backends.select(device, torch.float32).name == "eager"

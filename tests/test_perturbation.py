@@ -13,6 +13,7 @@ from torch import nn
 
 from deeprelax_cuda.optim import HeatSGD
 from deeprelax_cuda.optim.constants import half_ulp
+from deeprelax_cuda.optim.describe import sizes
 
 #: Half the distance of the numbers of each type from 1 to 2.
 HALF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
@@ -84,6 +85,16 @@ def test_each_parameter_is_measured_by_itself() -> None:
     ((_, said),) = walk(heat([{"params": [small]}, {"params": [large, narrow]}], 1e-6), 2)
     assert "is lost in params[2] and 1 other: " in said
     assert "in bfloat16" in said
+
+
+def test_groups_are_measured_by_their_own_perturbation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small one beside small weights asks for nothing because of what large weights elsewhere could hold."""
+    measured = []
+    monkeypatch.setattr("deeprelax_cuda.optim.heat_sgd.sizes", lambda params: measured.append(1) or sizes(params))
+    small, large = nn.Parameter(torch.full((10,), 1e-3)), nn.Parameter(torch.full((10,), 100.0))
+    optimizer = heat([{"params": [small], "gamma": 1e-4}, {"params": [large]}], 1e-4, lr=0.01)
+    assert walk(optimizer, 3 * 7) == []
+    assert len(measured) == 2 * 4, "two groups, at the first step and after 1, 2 and 4 periods"
 
 
 def test_weights_that_grow_are_measured_again() -> None:

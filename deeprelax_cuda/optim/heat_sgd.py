@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -101,8 +99,9 @@ class HeatSGD(RelaxationOptimizer):
 
     def _forget(self) -> None:
         super()._forget()
-        # The perturbation that the coarsest parameter can just hold, and how many there were when they were measured.
-        self._least, self._parameters = 0.0, 0
+        # The perturbation that the coarsest parameter of each group can just hold, and how many there were when last measured.
+        self._least: list[float] = []
+        self._parameters = 0
 
     def _family(self, group: dict[str, Any]) -> Family:
         return "gradient_average"
@@ -135,21 +134,17 @@ class HeatSGD(RelaxationOptimizer):
         """Warn where the perturbation is rounded away; ``measures`` asks for the size of the weights, which waits for them."""
         if "lost" in self._warned or self._is_rehearsal:
             return
-        smallest = min((std for group in self.param_groups if (std := perturbation(group)) > 0.0), default=math.inf)
+        stds = [perturbation(group) for group in self.param_groups]
         parameters = sum(len(group["params"]) for group in self.param_groups)
-        if not (measures or smallest < self._least or parameters != self._parameters):
+        too_small = any(0.0 < std < least for std, least in zip(stds, self._least, strict=False))
+        if not (measures or too_small or parameters != self._parameters):
             return
-        labels, number_of = self._labels(), itertools.count()
-        self._least, self._parameters = 0.0, parameters
-        for group in self.param_groups:
-            std = perturbation(group)
-            lost: list[tuple[str, torch.dtype, float]] = []
-            for p, size in zip(group["params"], sizes(group["params"]), strict=True):
-                label, least = labels[next(number_of)], coarseness(size, p.dtype)
-                self._least = max(self._least, least)
-                if 0.0 < std < least:
-                    lost.append((label, p.dtype, size))
-            if lost:
+        labels = iter(self._labels())
+        self._least, self._parameters = [], parameters
+        for group, std in zip(self.param_groups, stds, strict=True):
+            measured = [(next(labels), p.dtype, size) for p, size in zip(group["params"], sizes(group["params"]), strict=True)]
+            self._least.append(max((coarseness(size, dtype) for _, dtype, size in measured), default=0.0))
+            if lost := [entry for entry in measured if 0.0 < std < coarseness(entry[2], entry[1])]:
                 self._warn_once("lost", _lost(std, lost))
 
     def _notes(self, group: dict[str, Any], seen: Seen) -> Notes:
