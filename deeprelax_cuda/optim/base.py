@@ -202,7 +202,7 @@ class RelaxationOptimizer(Method):
             if first["step"] == 0:  # weights may have been loaded since a phantom step made the state
                 self.reset_anchors_()
             self._has_stepped = True
-            self._has_begun()
+            self._judge()
         self._observe(launches)
         clocks = self._make_clocks(launches) if clocked else [None] * len(launches)
         for launch, numbers, clock in zip(launches, scalars, clocks, strict=True):
@@ -369,7 +369,7 @@ class RelaxationOptimizer(Method):
                 group["gamma"] = gamma_of(group)
         if outer:
             self._start_period()
-            self._moved_anchor()
+            self._judge()
 
 
 def _evaluate(closure: Callable[[], float] | None) -> float | None:

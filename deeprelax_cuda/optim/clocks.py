@@ -54,7 +54,7 @@ def counts_in_numbers(state: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def set_number(holder: dict[str, Any], name: str, value: int) -> None:
-    """Set a counter of a group or of a parameter's state, wherever it lies."""
+    """Set a counter of a group, wherever it lies."""
     if isinstance(holder[name], Tensor):
         holder[name].fill_(value)
     else:

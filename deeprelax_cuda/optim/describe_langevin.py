@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -56,18 +57,18 @@ def inner_momentum(group: dict[str, Any]) -> Momentum:
     )
 
 
-def coupling_diverges(group: dict[str, Any]) -> bool:
-    """Whether the coupling alone makes the inner steps diverge: inner_lr/gamma is at its stability limit or above."""
-    limit = stability_limit(inner_momentum(group), coupling=True)
-    return float(group["inner_lr"]) >= limit * float(group["gamma"])
+def divergence(groups: Iterable[tuple[int, dict[str, Any]]]) -> str | None:
+    """Return a warning of the first group, of those with their numbers, whose coupling alone makes the inner steps diverge.
 
-
-def diverging(group: dict[str, Any], index: int) -> str:
-    """Return the warning that it does."""
-    return (
-        f"gamma={group['gamma']:.3g} in group {index}: so stiff a coupling makes the inner steps diverge from now on; "
-        f"set {'gamma_min' if _has_rule(group) else 'gamma'}, describe() says to what"
-    )
+    inner_lr/gamma is at its stability limit then, or above.
+    """
+    for index, group in groups:
+        if float(group["inner_lr"]) >= stability_limit(inner_momentum(group), coupling=True) * float(group["gamma"]):
+            return (
+                f"gamma={group['gamma']:.3g} in group {index}: so stiff a coupling makes the inner steps diverge from now on; "
+                f"set {'gamma_min' if _has_rule(group) else 'gamma'}, describe() says to what"
+            )
+    return None
 
 
 def langevin_notes(group: dict[str, Any], seen: Seen) -> Notes:

@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from deeprelax_cuda.optim.base import RelaxationOptimizer
 from deeprelax_cuda.optim.describe import Notes, Seen, overshoot_notes
-from deeprelax_cuda.optim.describe_langevin import coupling_diverges, diverging, langevin_notes
+from deeprelax_cuda.optim.describe_langevin import divergence, langevin_notes
 from deeprelax_cuda.optim.langevin import check_langevin, langevin_roles, langevin_scalars
 from deeprelax_cuda.optim.options import arguments, check_count, check_number
 from deeprelax_cuda.steps import Rounding
@@ -247,13 +247,9 @@ class EntropySGD(RelaxationOptimizer):
     def _notes(self, group: dict[str, Any], seen: Seen) -> Notes:
         return langevin_notes(group, seen) + super()._notes(group, seen) + overshoot_notes(group)
 
-    def _has_begun(self) -> None:
-        self._moved_anchor()
-
-    def _moved_anchor(self) -> None:
-        for i, group in enumerate(self.param_groups):
-            if coupling_diverges(group):
-                self._warn_once("diverging", diverging(group, i))
+    def _judge(self) -> None:
+        if said := divergence(enumerate(self.param_groups)):
+            self._warn_once("diverging", said)
 
     def _start_period_on_device(self) -> None:
         if self.param_groups[0]["reset_inner_momentum"]:

@@ -13,7 +13,7 @@ from deeprelax_cuda.optim.base import RelaxationOptimizer
 from deeprelax_cuda.optim.contraction import MEASURED, SHORTEST, Contraction
 from deeprelax_cuda.optim.describe import LEGEND, Notes, Seen, gamma_notes, outer_notes, overshoot_notes
 from deeprelax_cuda.optim.describe_gradient import fixed_point_notes
-from deeprelax_cuda.optim.describe_langevin import coupling_diverges, diverging, proximal_notes
+from deeprelax_cuda.optim.describe_langevin import divergence, proximal_notes
 from deeprelax_cuda.optim.langevin import (
     PLAIN,
     check_averaging,
@@ -184,13 +184,10 @@ class HamiltonJacobi(RelaxationOptimizer):
                 self._contraction.begin()
             self._contraction.measure(launches, self.param_groups)
 
-    def _has_begun(self) -> None:
-        for i, group in enumerate(self.param_groups):
-            if group["inner"] == "prox" and coupling_diverges(_as_langevin(group)):
-                self._warn_once("diverging", diverging(group, i))
-
-    def _moved_anchor(self) -> None:
-        self._has_begun()
+    def _judge(self) -> None:
+        proximal = ((i, _as_langevin(group)) for i, group in enumerate(self.param_groups) if group["inner"] == "prox")
+        if said := divergence(proximal):
+            self._warn_once("diverging", said)
         if (first := self.param_groups[0])["check_contraction"]:
             groups, length = self.param_groups, first["inner_steps"]
             weights = [self._law(group).weight(length - 1, weight_of_sample(averaging_of(group))) for group in groups]

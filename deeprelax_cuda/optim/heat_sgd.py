@@ -123,21 +123,15 @@ class HeatSGD(RelaxationOptimizer):
         self._check_inner(group)
         return {}
 
-    def _has_begun(self) -> None:
-        self._warn_lost(measures=True)
-
-    def _moved_anchor(self) -> None:
-        n = self.param_groups[0]["outer_steps"]
-        self._warn_lost(measures=n & (n - 1) == 0)  # weights grow, most of all at first
-
-    def _warn_lost(self, *, measures: bool) -> None:
-        """Warn where the perturbation is rounded away; ``measures`` asks for the size of the weights, which waits for them."""
+    def _judge(self) -> None:
+        """Warn where the perturbation is rounded away. To measure weights waits for them; they grow, most of all at first."""
         if "lost" in self._warned or self._is_rehearsal:
             return
         stds = [perturbation(group) for group in self.param_groups]
         parameters = sum(len(group["params"]) for group in self.param_groups)
         too_small = any(0.0 < std < least for std, least in zip(stds, self._least, strict=False))
-        if not (measures or too_small or parameters != self._parameters):
+        n = int(self.param_groups[0]["outer_steps"])
+        if not (n & (n - 1) == 0 or too_small or parameters != self._parameters):
             return
         labels = iter(self._labels())
         self._least, self._parameters = [], parameters

@@ -73,17 +73,14 @@ class Method(TwoWeights):
         """Return what the letters of `describe` stand for."""
         return LEGEND if self._family(group) == "langevin" else GRADIENT_LEGEND
 
-    def _has_begun(self) -> None:
-        """Do what the first step of this object has to do, its state made; most methods have nothing to do."""
-
     def _observe(self, launches: list[Launch]) -> None:
         """Look at the gradients and the state that a step is about to be taken on; most methods do not."""
 
     def _start_period_on_device(self) -> None:
         """Do to the state what the first step of a period needs, where the device is at one; most methods need nothing."""
 
-    def _moved_anchor(self) -> None:
-        """Say what the values that follow the outer steps have come to; most methods have nothing to say."""
+    def _judge(self) -> None:
+        """Warn of what the values that follow the outer steps have come to: before the first step, and after each outer one."""
 
     def _notes(self, group: dict[str, Any], seen: Seen) -> Notes:
         """Return what `describe` says of a group; a method puts its inner loop before."""
