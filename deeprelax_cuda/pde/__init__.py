@@ -1,0 +1,10 @@
+"""The equations behind the optimizers, solved on grids of one and two dimensions.
+
+Pure functions of numpy arrays; the packages they need are the ``pde`` extra, and nothing here is imported by
+`import deeprelax_cuda`. docs/theory.md has the mathematics in the names used here.
+"""
+
+from deeprelax_cuda.pde.grid import Grid, Jet, differences
+from deeprelax_cuda.pde.landscapes import Landscape, double_well, rugged
+
+__all__ = ["Grid", "Jet", "Landscape", "differences", "double_well", "rugged"]
