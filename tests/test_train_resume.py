@@ -19,8 +19,9 @@ import torch
 from train_runs import METHODS, images, settings, state_of, untimed
 
 import deeprelax_cuda as dr
+from deeprelax_cuda import storage
 from deeprelax_cuda.cli import UsageError, main
-from deeprelax_cuda.train import checkpoint, compare, loop, results, storage
+from deeprelax_cuda.train import checkpoint, compare, loop, results
 from deeprelax_cuda.train.command import CHECKPOINT
 from deeprelax_cuda.train.datasets import digits
 from deeprelax_cuda.train.progress import Progress

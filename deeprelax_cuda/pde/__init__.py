@@ -6,7 +6,7 @@ Pure functions of numpy arrays; the packages they need are the ``pde`` extra, an
 
 from deeprelax_cuda.pde.grid import Grid, Jet, differences
 from deeprelax_cuda.pde.heat import heat
-from deeprelax_cuda.pde.landscapes import Landscape, double_well, rugged
+from deeprelax_cuda.pde.landscapes import Landscape, double_well, rugged, valleys
 from deeprelax_cuda.pde.local_entropy import local_entropy
 from deeprelax_cuda.pde.moreau_envelope import lower_envelope, moreau_envelope
 
@@ -21,4 +21,5 @@ __all__ = [
     "lower_envelope",
     "moreau_envelope",
     "rugged",
+    "valleys",
 ]

@@ -1,4 +1,4 @@
-"""Functions to relax: the paper's rugged one of one variable, and a double well of two.
+"""Functions to relax: the paper's rugged one of one variable, a double well of two, and valleys of any width in one or two.
 
 Each takes its coordinates as numpy arrays or as torch tensors, so that a solver and an optimizer see the same function.
 """
@@ -6,7 +6,7 @@ Each takes its coordinates as numpy arrays or as torch tensors, so that a solver
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,46 @@ def double_well(*, tilt: float = 0.3, coupling: float = 0.5) -> Landscape:
     return Landscape("double well", value, gradient)
 
 
+def valleys(
+    centres: Sequence[Sequence[float]],
+    depths: Sequence[float],
+    widths: Sequence[float],
+    *,
+    ripple: float = 0.0,
+    length: float = 0.5,
+) -> Landscape:
+    """Return round valleys in a rippled plain: -sum_j depth_j exp(-|x - c_j|^2/(2 width_j^2)) + ripple sum_i sin(pi x_i/length)^2.
+
+    At the bottom of a valley far from the others the eigenvalues of the Hessian are depth/width^2 + 2 ripple (pi/length)^2, for a
+    centre at multiples of ``length``. A wall at a multiple of length/2 leaves the ripples smooth.
+
+    Args:
+        centres: c_j, with as many coordinates as the function has variables.
+        depths, widths: one for each centre.
+        ripple, length: height of the ripples, and the distance from one to the next.
+    """
+    wells = list(zip(centres, depths, widths, strict=True))
+
+    def value(*x: Coordinate) -> Coordinate:
+        plain = sum(ripple * _sin((math.pi / length) * each) ** 2 for each in x)
+        return plain - sum(_well(x, *well) for well in wells)
+
+    def gradient(*x: Coordinate) -> tuple[Coordinate, ...]:
+        hollows = [(centre, width, _well(x, centre, depth, width)) for centre, depth, width in wells]
+        return tuple(
+            (ripple * math.pi / length) * _sin((2.0 * math.pi / length) * each)
+            + sum(hollow * (each - centre[i]) / width**2 for centre, width, hollow in hollows)
+            for i, each in enumerate(x)
+        )
+
+    return Landscape("valleys", value, gradient)
+
+
+def _well(x: Sequence[Coordinate], centre: Sequence[float], depth: float, width: float) -> Coordinate:
+    """Return depth * exp(-|x - centre|^2/(2 width^2))."""
+    return depth * _exp(sum((each - c) ** 2 for each, c in zip(x, centre, strict=True)) * (-0.5 / width**2))
+
+
 @dataclass(frozen=True)
 class _Waves:
     """The real part of the sum over k = 1, 2, ... of coefficients[k - 1] * exp(i k frequency x)."""
@@ -113,3 +153,7 @@ def _sin(x: Coordinate) -> Coordinate:
 
 def _cos(x: Coordinate) -> Coordinate:
     return np.cos(x) if isinstance(x, np.ndarray | np.generic | float) else x.cos()
+
+
+def _exp(x: Coordinate) -> Coordinate:
+    return np.exp(x) if isinstance(x, np.ndarray | np.generic | float) else x.exp()

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from deeprelax_cuda import storage
 from deeprelax_cuda.cli import UsageError
-from deeprelax_cuda.train import storage
 
 MAGIC = b"deeprelax train checkpoint 1\n"
 

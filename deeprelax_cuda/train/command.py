@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from deeprelax_cuda import backends
+from deeprelax_cuda import backends, storage
 from deeprelax_cuda.cli import UsageError
 from deeprelax_cuda.machine import versions
 from deeprelax_cuda.noise import check_seed
-from deeprelax_cuda.train import checkpoint, storage
+from deeprelax_cuda.train import checkpoint
 from deeprelax_cuda.train.data import Data, batches_per_epoch
 from deeprelax_cuda.train.datasets import DATASETS
 from deeprelax_cuda.train.methods import METHODS

@@ -16,8 +16,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from deeprelax_cuda import storage
 from deeprelax_cuda.cli import UsageError
-from deeprelax_cuda.train import storage
+from deeprelax_cuda.colours import COLOURS
 from deeprelax_cuda.train.compare import Comparison
 from deeprelax_cuda.train.loop import Curve
 from deeprelax_cuda.train.measures import Measure
@@ -25,8 +26,6 @@ from deeprelax_cuda.train.measures import Measure
 TABLE = "table.txt"
 PICTURE = "curves.png"
 
-#: Okabe and Ito's colours, which readers of every kind of colour vision tell apart, but for their yellow, which is a grey here.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
 MARKERS = "osD^vPX*"
 #: Evaluations up to which each is marked.
 MARKED = 40

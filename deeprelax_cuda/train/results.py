@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from deeprelax_cuda import storage
 from deeprelax_cuda.cli import UsageError
-from deeprelax_cuda.train import storage
 from deeprelax_cuda.train.compare import Comparison, Settings, Trained
 from deeprelax_cuda.train.datasets import DATASETS
 from deeprelax_cuda.train.loop import Curve
