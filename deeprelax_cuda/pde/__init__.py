@@ -5,6 +5,7 @@ Pure functions of numpy arrays; the packages they need are the ``pde`` extra, an
 """
 
 from deeprelax_cuda.pde.grid import Grid, Jet, differences
+from deeprelax_cuda.pde.hamilton_jacobi import hamilton_jacobi, largest_step
 from deeprelax_cuda.pde.landscapes import Landscape, double_well, rugged
 
-__all__ = ["Grid", "Jet", "Landscape", "differences", "double_well", "rugged"]
+__all__ = ["Grid", "Jet", "Landscape", "differences", "double_well", "hamilton_jacobi", "largest_step", "rugged"]
