@@ -17,7 +17,7 @@ def heat(f: ArrayLike, grid: Grid, t: float, beta: float) -> Jet:
 
     The integrals are sums over the nodes and their mirror images beyond the walls, which converge faster than any power of the
     spacing h while sqrt(t/beta) is 4/3 h or more, walls aside where the slope of f is not 0: there order 2. A narrower Gaussian
-    is sampled between the nodes, on the cubic spline through f: orders 4, 3, 2 in h for value, gradient, Hessian.
+    is sampled between the nodes, on the cubic spline through f: orders 4, 3, 2 in h for value, gradient, Hessian, or better.
 
     Args:
         f: values at the nodes, shape ``grid.shape``.

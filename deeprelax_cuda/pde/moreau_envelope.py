@@ -58,7 +58,8 @@ def moreau_envelope(f: ArrayLike, grid: Grid, t: float) -> Jet:
     better = refined <= value  # not so where the spline has no minimum near the node, as at a kink
     y = np.where(better[..., None], y, node)
 
-    held = ((y <= low) & (y > x - t * spline.gradient(y))) | ((y >= high) & (y < x - t * spline.gradient(y)))
+    beyond, slack = x - t * spline.gradient(y), 1e-12 * (high - low)  # where y would be if it could, and the rounding of that
+    held = ((y <= low) & (beyond < y - slack)) | ((y >= high) & (beyond > y + slack))
     moves = np.linalg.inv(_hold(unit + t * spline.hessian(y), held)) * (~held)[..., None] * (~held)[..., None, :]  # dy/dx
     return Jet(
         np.where(better, refined, value),
