@@ -4,7 +4,9 @@ Pure functions of numpy arrays; the packages they need are the ``pde`` extra, an
 `import deeprelax_cuda`. docs/theory.md has the mathematics in the names used here.
 """
 
+from deeprelax_cuda.pde.closed_forms import heated_cosine, relaxed_quadratic, widened
 from deeprelax_cuda.pde.grid import Grid, Jet, differences
+from deeprelax_cuda.pde.hamilton_jacobi import hamilton_jacobi, largest_step
 from deeprelax_cuda.pde.heat import heat
 from deeprelax_cuda.pde.landscapes import Landscape, double_well, rugged, valleys
 from deeprelax_cuda.pde.local_entropy import local_entropy
@@ -16,10 +18,15 @@ __all__ = [
     "Landscape",
     "differences",
     "double_well",
+    "hamilton_jacobi",
     "heat",
+    "heated_cosine",
+    "largest_step",
     "local_entropy",
     "lower_envelope",
     "moreau_envelope",
+    "relaxed_quadratic",
     "rugged",
     "valleys",
+    "widened",
 ]
