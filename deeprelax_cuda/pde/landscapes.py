@@ -81,15 +81,17 @@ def valleys(
     ripple: float = 0.0,
     length: float = 0.5,
 ) -> Landscape:
-    """Return round valleys in a rippled plain: -sum_j depth_j exp(-|x - c_j|^2/(2 width_j^2)) + ripple sum_i sin(pi x_i/length)^2.
+    """Return round valleys in a rippled plain, a function of one or two variables.
 
-    At the bottom of a valley far from the others the eigenvalues of the Hessian are depth/width^2 + 2 ripple (pi/length)^2, for a
-    centre at multiples of ``length``. A wall at a multiple of length/2 leaves the ripples smooth.
+        f(x) = -sum_j depth_j exp(-|x - c_j|^2/(2 width_j^2)) + ripple sum_i sin(pi x_i/length)^2
+
+    At the bottom of a valley far from the others, without ripples, the Hessian is depth/width^2 times the identity. At a wall
+    the ripples go on as in a mirror if its coordinate is a multiple of length/2.
 
     Args:
         centres: c_j, with as many coordinates as the function has variables.
         depths, widths: one for each centre.
-        ripple, length: height of the ripples, and the distance from one to the next.
+        ripple, length: height of the ripples, and the distance from one to the next, above 0.
     """
     wells = list(zip(centres, depths, widths, strict=True))
 

@@ -1,17 +1,18 @@
-"""The numbers behind the pictures of `deeprelax pde`: each study solves equations, and has its results as columns of a table."""
+"""The numbers behind the pictures of `deeprelax pde`: each study solves equations and gives its results as a table's columns."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.ndimage import minimum_filter
 
-from deeprelax_cuda.pde.grid import Array, Grid
+from deeprelax_cuda.pde.closed_forms import widened
+from deeprelax_cuda.pde.grid import Array, Grid, Jet
 from deeprelax_cuda.pde.heat import heat
-from deeprelax_cuda.pde.landscapes import Landscape, rugged, valleys
+from deeprelax_cuda.pde.landscapes import rugged, valleys
 from deeprelax_cuda.pde.local_entropy import local_entropy
 from deeprelax_cuda.pde.moreau_envelope import moreau_envelope
 
@@ -33,44 +34,47 @@ def minima(values: ArrayLike, grid: Grid) -> tuple[NDArray[np.intp], ...]:
 # ---- Relaxations of a function of one variable ------------------------------------------------------------------------------
 
 
+#: By name, as functions of f, the grid, t and beta.
+RELAXATIONS: dict[str, Callable[[Array, Grid, float, float], Jet]] = {
+    "heat": heat,
+    "local_entropy": local_entropy,
+    "moreau_envelope": lambda f, grid, t, beta: moreau_envelope(f, grid, t),
+}
+
+
 @dataclass(frozen=True)
 class Relaxations:
-    """A function of one variable, shape (n,), and what it is relaxed to at each time, shape (times, n)."""
+    """A function of one variable and what it is relaxed to.
+
+    Attributes:
+        times: of the relaxations; at 0 they are f.
+        f: shape (n,).
+        relaxed: by the name of the relaxation, shape (times, n).
+    """
 
     grid: Grid
     beta: float
     times: tuple[float, ...]
     f: Array
-    heat: Array
-    local_entropy: Array
-    moreau_envelope: Array
+    relaxed: dict[str, Array]
 
     def columns(self) -> Columns:
         """A row for each time and node."""
         count = len(self.times)
-        return {
+        columns = {
             "t": np.repeat(self.times, len(self.f)),
             "x": np.tile(self.grid.axes[0], count),
             "f": np.tile(self.f, count),
-            "heat": self.heat.ravel(),
-            "local_entropy": self.local_entropy.ravel(),
-            "moreau_envelope": self.moreau_envelope.ravel(),
         }
+        return columns | {name: values.ravel() for name, values in self.relaxed.items()}
 
 
-def relaxations(times: Sequence[float], beta: float, *, landscape: Landscape | None = None, points: int = 1025) -> Relaxations:
-    """Relax a landscape, by default `rugged`, on [-4, 4]; at t = 0 all is f itself."""
+def relaxations(times: Sequence[float], beta: float, names: Sequence[str] = tuple(RELAXATIONS), *, points: int) -> Relaxations:
+    """Relax the `rugged` function on [-4, 4] by the ``names`` of `RELAXATIONS`."""
     grid = Grid(-4.0, 4.0, points)
-    f = (landscape or rugged()).on(grid)
-    return Relaxations(
-        grid,
-        beta,
-        tuple(times),
-        f,
-        np.stack([heat(f, grid, t, beta).value if t else f for t in times]),
-        np.stack([local_entropy(f, grid, t, beta).value if t else f for t in times]),
-        np.stack([moreau_envelope(f, grid, t).value if t else f for t in times]),
-    )
+    f = rugged().on(grid)
+    relaxed = {name: np.stack([RELAXATIONS[name](f, grid, t, beta).value if t else f for t in times]) for name in names}
+    return Relaxations(grid, beta, tuple(times), f, relaxed)
 
 
 # ---- A function of two variables --------------------------------------------------------------------------------------------
@@ -100,7 +104,7 @@ class Plane:
 def plane(t: float, beta: float, *, points: int = 161) -> Plane:
     """Relax a landscape with a wide valley, a narrow hole that is deeper, and ripples."""
     grid = Grid((-2.0, -2.0), (2.0, 2.0), (points, points))
-    f = valleys([(-0.7, -0.2), (1.0, 0.6)], depths=[1.0, 1.35], widths=[0.65, 0.13], ripple=0.12, length=0.5).on(grid)
+    f = valleys([(-0.5, 0.25), (1.0, -1.0)], depths=[1.0, 1.3], widths=[0.6, 0.13], ripple=0.1, length=0.5).on(grid)
     return Plane(grid, t, beta, f, local_entropy(f, grid, t, beta).value)
 
 
@@ -132,7 +136,7 @@ class Widening:
 
     def predicted(self) -> Array:
         """lambda/(1 + t lambda), shape (minima, times)."""
-        return self.lambdas[:, None] / (1.0 + self.times * self.lambdas[:, None])
+        return np.stack([widened(self.lambdas, t) for t in self.times], axis=1)
 
     def columns(self) -> Columns:
         """A row for each minimum of u at each time."""
@@ -158,18 +162,16 @@ def widening(times: ArrayLike, *, points: int = 4097) -> Widening:
     when a lower valley takes over, and for ever where f(y) is lowest.
     """
     times = np.asarray(times, dtype=np.float64)
-    grid = Grid(-3.0, 3.0, points)
+    grid = Grid(-2.0, 2.0, points)
     x = grid.axes[0]
-    landscape = valleys([(-1.5,), (0.0,), (1.5,)], depths=[1.0, 0.9, 0.8], widths=[0.4, 0.12, 0.04])
+    landscape = valleys([(-1.0,), (0.1,), (0.5,)], depths=[2.0, 1.0, 0.5], widths=[0.4, 0.1, 0.025])
     f = landscape.on(grid)
     (nodes,) = minima(f, grid)
     h = 1e-5
     lambdas = (landscape.gradient(x[nodes] + h)[0] - landscape.gradient(x[nodes] - h)[0]) / (2.0 * h)
-    with np.errstate(divide="ignore"):
-        reach = [np.where(f < f[node], (x - x[node]) ** 2 / (2.0 * (f[node] - f)), np.inf) for node in nodes]
+    ends = [np.min((x - x[y])[f < f[y]] ** 2 / (2.0 * (f[y] - f[f < f[y]])), initial=np.inf) for y in nodes]
     jets = [moreau_envelope(f, grid, t) for t in times]
     found = [np.isin(nodes, minima(u.value, grid)) for u in jets]
     curvatures = [np.where(there, u.hessian[0, 0, nodes], np.nan) for u, there in zip(jets, found, strict=True)]
-    return Widening(
-        grid, times, f, np.stack([u.value for u in jets]), nodes, lambdas, np.min(reach, axis=1), np.stack(curvatures, axis=1)
-    )
+    envelopes = np.stack([u.value for u in jets])
+    return Widening(grid, times, f, envelopes, nodes, lambdas, np.array(ends), np.stack(curvatures, axis=1))

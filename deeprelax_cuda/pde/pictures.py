@@ -1,0 +1,186 @@
+"""The studies drawn: pictures for a lecture, each a figure or an animation."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from deeprelax_cuda.colours import COLOURS
+from deeprelax_cuda.pde.grid import Array
+from deeprelax_cuda.pde.studies import Plane, Relaxations, Widening, minima
+
+BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK, GREY = COLOURS
+#: Of what is drawn in several pictures.
+LINES: dict[str, dict[str, Any]] = {
+    "f": {"color": "0.6", "linewidth": 1.6, "label": "f"},
+    "heat": {"color": GREEN, "linewidth": 2.2, "label": "heat"},
+    "local_entropy": {"color": BLUE, "linewidth": 2.2, "label": "local entropy (viscous)"},
+    "moreau_envelope": {"color": RED, "linewidth": 2.2, "label": "Moreau envelope (non-viscous)"},
+}
+#: What is shown of `rugged`.
+WINDOW: dict[str, Any] = {"xlim": (-2.2, 2.2), "ylim": (-1.8, 6.4)}
+FONT = {"font.size": 13.0, "axes.titlesize": 14.0, "figure.titlesize": 16.0, "legend.fontsize": 13.0}
+DPI = 150
+#: How long a frame of an animation is shown, and its first and last one.
+MILLISECONDS, HELD = 80, 1500
+
+
+def _figure(width: float, height: float) -> Figure:
+    """Return an empty figure, in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _bare(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def relaxations_1d(study: Relaxations) -> bytes:
+    """Draw f and its relaxations, a panel for each time, with their lowest points marked; return a PNG."""
+    x = study.grid.axes[0]
+    with rc_context(FONT):
+        figure = _figure(13.0, 5.4)
+        panels = figure.subplots(1, len(study.times), sharey=True)
+        for i, (axes, t) in enumerate(zip(panels, study.times, strict=True)):
+            axes.plot(x, study.f, **LINES["f"])
+            for name, relaxed in study.relaxed.items():
+                u, style = relaxed[i], LINES[name]
+                axes.plot(x, u, **style)
+                lowest = np.argmin(u)
+                axes.plot(x[lowest], u[lowest], "o", color=style["color"], markersize=10, markeredgecolor="white")
+            axes.set(title=f"t = {t:g}", xlabel="x", **WINDOW)
+            _bare(axes)
+        lines = panels[0].get_legend_handles_labels()
+        figure.legend(*lines, loc="outside lower center", ncols=4, frameon=False)
+        figure.suptitle(
+            "The Moreau envelope keeps the lowest point, local entropy is smooth, heat only blurs"
+            f"   (β = {study.beta:g}; dots: lowest points)"
+        )
+        return _png(figure)
+
+
+def landscape_2d(study: Plane) -> bytes:
+    """Draw f and its local entropy as contours and as surfaces, with their minima; return a PNG."""
+    x, y = study.grid.nodes
+    low, high = float(study.f.min()), float(study.f.max())
+    ticks = {"xlabel": "x", "ylabel": "y", "xticks": range(-2, 3), "yticks": range(-2, 3)}
+    names = ("f", f"local entropy of f, t = {study.t:g}, β = {study.beta:g}")
+    with rc_context(FONT):
+        figure = _figure(11.5, 10.0)
+        figure.suptitle("The lowest point of f is in a narrow hole, that of its local entropy in the wide valley")
+        top, bottom = figure.subfigures(2, 1)
+        flats = top.subplots(1, 2)
+        for i, (name, u, axes) in enumerate(zip(names, (study.f, study.local_entropy), flats, strict=True)):
+            nodes = np.transpose(minima(u, study.grid))
+            by_depth = [tuple(node) for node in nodes[np.argsort(u[tuple(nodes.T)])]]
+            filled = axes.contourf(x, y, u, np.linspace(low, high, 25), cmap="viridis")
+            for node in by_depth:
+                axes.plot(x[node], y[node], "o", color="white", markersize=5, markeredgecolor=BLACK, markeredgewidth=0.8)
+            for kind, there in (("wide valley", x < 0.5), ("narrow hole", x > 0.5)):
+                node = next(node for node in by_depth if there[node])
+                lowest = node == by_depth[0]
+                marker: dict[str, Any] = {"marker": "*", "markersize": 22} if lowest else {"marker": "o", "markersize": 10}
+                axes.plot(x[node], y[node], color=RED, markeredgecolor="white", **marker)
+                text = f"{kind}\n{u[node]:.2f}{', lowest' if lowest else ''}".replace("-", "−")
+                box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "boxstyle": "round,pad=0.2"}
+                axes.annotate(text, (x[node], y[node]), (0, -14), textcoords="offset points", ha="center", va="top", bbox=box)
+            axes.set(title=f"{name}: {len(by_depth)} minima", aspect="equal", **ticks)
+            surface = bottom.add_subplot(1, 2, 1 + i, projection="3d")
+            surface.plot_surface(x, y, u, cmap="viridis", vmin=low, vmax=high, rcount=81, ccount=81, linewidth=0)
+            surface.set(zlim=(low, high), zticks=(-1.0, -0.5, 0.0), **ticks)
+            surface.view_init(elev=38, azim=-65)
+            surface.set_box_aspect((4, 4, 2.4), zoom=1.05)
+        top.colorbar(filled, ax=flats, shrink=0.9, ticks=(-1.0, -0.5, 0.0))
+        return _png(figure)
+
+
+def widening(study: Widening) -> bytes:
+    """Draw Moreau envelopes with their minima, and the curvatures at those against the law; return a PNG."""
+    x, times = study.grid.axes[0], study.times
+    colours = (BLUE, RED, GREEN)
+    with rc_context(FONT):
+        figure = _figure(13.0, 5.8)
+        left, right = figure.subplots(1, 2)
+        left.plot(x, study.f, color="0.8", linewidth=4, label="f")
+        for time, style in zip((0.01, 0.1, 1.0), (":", "--", "-"), strict=True):
+            at = int(np.argmin(np.abs(np.log(times / time))))
+            left.plot(x, study.envelopes[at], color=BLACK, linestyle=style, linewidth=1.5, label=f"t = {times[at]:.2g}")
+        for node, colour in zip(study.nodes, colours, strict=True):
+            left.plot(x[node], study.f[node], "o", color=colour, markersize=10)
+        left.set(xlabel="x", xlim=(-2.0, 2.0), title="f and its Moreau envelopes: minima stay in place,\nuntil a lower valley takes over")
+        left.legend(frameon=False, loc="lower right")
+
+        laws = study.predicted()
+        for lam, end, curvature, law, colour in zip(study.lambdas, study.ends, study.curvatures, laws, colours, strict=True):
+            there = times < end
+            right.loglog(times[there], law[there], color=colour, linewidth=1.8)
+            right.loglog(times, curvature, "o", color=colour, markersize=6, markeredgecolor="white", markeredgewidth=0.5)
+            right.annotate(f"λ = {lam:.3g}", (times[0], law[0]), (0, 8), textcoords="offset points", color=colour)
+            if np.isfinite(end):
+                last = lam / (1.0 + end * lam)
+                right.loglog(end, last, "X", color=colour, markersize=12, markeredgecolor="black", zorder=5)
+                where = {"xytext": (14, 10), "textcoords": "offset points"}
+                right.annotate(f"gone at t = {end:.2g}", (end, last), **where, color=colour)
+        error = float(np.nanmax(np.abs(study.curvatures / laws - 1.0)))
+        stays = {"xytext": (-12, -6), "textcoords": "offset points", "ha": "right", "va": "top", "color": colours[0]}
+        right.annotate("lowest of f: stays", (times[-6], laws[0, -6]), **stays)
+        right.set(xlabel="t", xlim=(0.7 * times[0], 3.0 * times[-1]), ylim=(0.05, 3e3), ylabel="curvature of u at the minimum")
+        right.set_title(f"lines: λ/(1 + tλ);  dots: from the solver's Hessian,\nat most {100.0 * error:.1g} % away")
+        for axes in (left, right):
+            _bare(axes)
+        figure.suptitle("The Moreau envelope widens minima")
+        return _png(figure)
+
+
+def animation(study: Relaxations) -> bytes:
+    """Draw the viscous and the non-viscous relaxation over f, a frame for each time; return a GIF that loops."""
+    x = study.grid.axes[0]
+    frames = []
+    with rc_context(FONT):
+        figure = _figure(7.2, 4.8)
+        axes = figure.subplots()
+        axes.plot(x, study.f, **LINES["f"])
+        moving = [axes.plot(x, study.f, **LINES[name])[0] for name in study.relaxed]
+        clock = axes.text(0.5, 0.97, "", transform=axes.transAxes, ha="center", va="top", fontsize=18)
+        axes.set(xlabel="x", **WINDOW, title=f"f relaxes to u(x, t)  (β = {study.beta:g})")
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
+        _bare(axes)
+        for i, t in enumerate(study.times):
+            for line, relaxed in zip(moving, study.relaxed.values(), strict=True):
+                line.set_ydata(relaxed[i])
+            clock.set_text(f"t = {t:.4f}")
+            frames.append(_image(figure))
+            figure.set_layout_engine("none")  # after the first frame all stays where it is
+    return _gif(frames)
+
+
+def _image(figure: Figure) -> Image.Image:
+    canvas = figure.canvas
+    assert isinstance(canvas, FigureCanvasAgg)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def _gif(frames: list[Image.Image]) -> bytes:
+    """Return frames in the colours of the middle one, each for `MILLISECONDS`, the first and the last for longer."""
+    palette = frames[len(frames) // 2].quantize(64)
+    drawn = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    shown = [MILLISECONDS] * len(frames)
+    shown[0] = shown[-1] = HELD
+    file = BytesIO()
+    drawn[0].save(file, format="GIF", save_all=True, append_images=drawn[1:], duration=shown, loop=0)
+    return file.getvalue()
+
+
+def _png(figure: Figure) -> bytes:
+    file = BytesIO()
+    figure.savefig(file, format="png", dpi=DPI)
+    return file.getvalue()
