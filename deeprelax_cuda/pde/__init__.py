@@ -4,6 +4,7 @@ Pure functions of numpy arrays; the packages they need are the ``pde`` extra, an
 `import deeprelax_cuda`. docs/theory.md has the mathematics in the names used here.
 """
 
+from deeprelax_cuda.pde.fokker_planck import fokker_planck, generator
 from deeprelax_cuda.pde.grid import Grid, Jet, differences
 from deeprelax_cuda.pde.hamilton_jacobi import hamilton_jacobi, largest_step
 from deeprelax_cuda.pde.heat import heat
@@ -17,6 +18,8 @@ __all__ = [
     "Landscape",
     "differences",
     "double_well",
+    "fokker_planck",
+    "generator",
     "hamilton_jacobi",
     "heat",
     "largest_step",
