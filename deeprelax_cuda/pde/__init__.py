@@ -4,6 +4,7 @@ Pure functions of numpy arrays; the packages they need are the ``pde`` extra, an
 `import deeprelax_cuda`. docs/theory.md has the mathematics in the names used here.
 """
 
+from deeprelax_cuda.pde.closed_forms import heated_cosine, relaxed_quadratic, widened
 from deeprelax_cuda.pde.fokker_planck import fokker_planck, generator
 from deeprelax_cuda.pde.grid import Grid, Jet, differences
 from deeprelax_cuda.pde.hamilton_jacobi import hamilton_jacobi, largest_step
@@ -22,9 +23,12 @@ __all__ = [
     "generator",
     "hamilton_jacobi",
     "heat",
+    "heated_cosine",
     "largest_step",
     "local_entropy",
     "lower_envelope",
     "moreau_envelope",
+    "relaxed_quadratic",
     "rugged",
+    "widened",
 ]
