@@ -5,6 +5,7 @@ Pure functions of numpy arrays; the packages they need are the ``pde`` extra, an
 """
 
 from deeprelax_cuda.pde.closed_forms import heated_cosine, relaxed_quadratic, widened
+from deeprelax_cuda.pde.fokker_planck import fokker_planck, generator
 from deeprelax_cuda.pde.grid import Grid, Jet, differences
 from deeprelax_cuda.pde.hamilton_jacobi import hamilton_jacobi, largest_step
 from deeprelax_cuda.pde.heat import heat
@@ -18,6 +19,8 @@ __all__ = [
     "Landscape",
     "differences",
     "double_well",
+    "fokker_planck",
+    "generator",
     "hamilton_jacobi",
     "heat",
     "heated_cosine",

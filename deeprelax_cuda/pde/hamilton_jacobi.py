@@ -63,10 +63,9 @@ def hamilton_jacobi(
             change, bound = _change(u, beta, b, grid)
             if step is not None and step > bound * (1.0 + 1e-9):
                 raise ValueError(f"step: expected at most {bound}, where the scheme is monotone at t = {t}, got {step}")
-            count = equal_steps(target - t, min(limit, bound))
-            dt = (target - t) / count
+            dt = (target - t) / equal_steps(target - t, min(limit, bound))
             u = u + dt * change
-            t = target if count == 1 else t + dt
+            t += dt
         solution.append(u)
     return np.stack(solution)
 
