@@ -22,6 +22,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("deeprelax_cuda.train.command", "train a network with one or several methods and compare them", "train"),
     "report": Command("deeprelax_cuda.train.report_command", "make the table and the picture of finished runs again", "train"),
+    "pde": Command("deeprelax_cuda.pde_command", "draw the equations behind the methods, and check the methods by them", "pde"),
     "doctor": Command("deeprelax_cuda.doctor", "say what is installed, which backend serves what, and test each of them"),
 }
 

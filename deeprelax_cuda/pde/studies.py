@@ -1,15 +1,17 @@
-"""The numbers behind the pictures of `deeprelax pde`: each study solves equations and gives its results as a table's columns."""
+"""The numbers behind the pictures of `deeprelax pde`: each study solves equations and has its results as a table."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.ndimage import minimum_filter
 
 from deeprelax_cuda.pde.closed_forms import widened
+from deeprelax_cuda.pde.control import control
 from deeprelax_cuda.pde.grid import Array, Grid, Jet
 from deeprelax_cuda.pde.heat import heat
 from deeprelax_cuda.pde.landscapes import rugged, valleys
@@ -18,6 +20,16 @@ from deeprelax_cuda.pde.moreau_envelope import moreau_envelope
 
 #: Columns of a table by name, all of one length.
 Columns = dict[str, Array]
+
+
+class Study(Protocol):
+    """What a picture is drawn from."""
+
+    def columns(self) -> Columns:
+        """The numbers, as a table."""
+
+    def summary(self) -> str:
+        """What the numbers show, in a line."""
 
 
 def minima(values: ArrayLike, grid: Grid) -> tuple[NDArray[np.intp], ...]:
@@ -68,6 +80,11 @@ class Relaxations:
         }
         return columns | {name: values.ravel() for name, values in self.relaxed.items()}
 
+    def summary(self) -> str:
+        x = self.grid.axes[0]
+        lowest = (f"{name.replace('_', ' ')} {x[np.argmin(values[-1])]:.2f}" for name, values in self.relaxed.items())
+        return f"lowest point of f at x = {x[np.argmin(self.f)]:.2f}; at t = {self.times[-1]:g}, {', '.join(lowest)}"
+
 
 def relaxations(times: Sequence[float], beta: float, names: Sequence[str] = tuple(RELAXATIONS), *, points: int) -> Relaxations:
     """Relax the `rugged` function on [-4, 4] by the ``names`` of `RELAXATIONS`."""
@@ -100,12 +117,88 @@ class Plane:
             columns |= {name: values.ravel(), f"minimum_of_{name}": minimum.ravel()}
         return columns
 
+    def summary(self) -> str:
+        x, y = self.grid.nodes
+        parts = []
+        for name, values in (("f", self.f), ("local entropy", self.local_entropy)):
+            count, lowest = len(minima(values, self.grid)[0]), np.unravel_index(np.argmin(values), values.shape)
+            parts.append(f"{name} has {count} minima, the lowest {values[lowest]:.3f} at ({x[lowest]:.2f}, {y[lowest]:.2f})")
+        return "; ".join(parts)
 
-def plane(t: float, beta: float, *, points: int = 161) -> Plane:
+
+def plane(t: float, beta: float, *, points: int) -> Plane:
     """Relax a landscape with a wide valley, a narrow hole that is deeper, and ripples."""
     grid = Grid((-2.0, -2.0), (2.0, 2.0), (points, points))
     f = valleys([(-0.5, 0.25), (1.0, -1.0)], depths=[1.0, 1.3], widths=[0.6, 0.13], ripple=0.1, length=0.5).on(grid)
     return Plane(grid, t, beta, f, local_entropy(f, grid, t, beta).value)
+
+
+# ---- SGD and controlled SGD -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Steering:
+    """SGD's SDE on a loss V from one start, and the same under its optimal control.
+
+    Attributes:
+        start: where both begin.
+        times: s, shape (times,).
+        loss: V, shape (n,).
+        sgd, controlled, alpha: the densities and the control at each time, shape (times, n).
+        loss_of_sgd, loss_of_controlled: E V(x(s)), shape (times,).
+        effort: 1/2 E int |alpha|^2 from 0 to s, shape (times,).
+    """
+
+    grid: Grid
+    beta: float
+    start: float
+    times: Array
+    loss: Array
+    sgd: Array
+    controlled: Array
+    alpha: Array
+    loss_of_sgd: Array
+    loss_of_controlled: Array
+    effort: Array
+
+    def columns(self) -> Columns:
+        """A row for each time and node."""
+        n = len(self.loss)
+        return {
+            "s": np.repeat(self.times, n),
+            "x": np.tile(self.grid.axes[0], len(self.times)),
+            "V": np.tile(self.loss, len(self.times)),
+            "density_sgd": self.sgd.ravel(),
+            "density_controlled": self.controlled.ravel(),
+            "alpha": self.alpha.ravel(),
+            "E_V_sgd": np.repeat(self.loss_of_sgd, n),
+            "E_V_controlled": np.repeat(self.loss_of_controlled, n),
+            "effort": np.repeat(self.effort, n),
+        }
+
+    def summary(self) -> str:
+        sgd, controlled, effort = self.loss_of_sgd[-1], self.loss_of_controlled[-1], self.effort[-1]
+        return f"E V of SGD {sgd:.3f}, of controlled SGD {controlled:.3f} + effort {effort:.3f} = {controlled + effort:.3f}"
+
+
+def steering(duration: float, beta: float, start: float, *, points: int, steps: int, shown: int = 40) -> Steering:
+    """Run dx = -grad V ds - alpha ds + beta^(-1/2) dW for a rugged V, with alpha = 0 and with the optimal alpha.
+
+    ``shown`` times after s = 0 are kept of the ``steps``.
+    """
+    grid = Grid(-2.5, 2.5, points)
+    landscape = rugged(ripple=0.6, noise=0.2, seed=7)
+    loss = landscape.on(grid)
+    bump = np.exp(-0.5 * ((grid.axes[0] - start) / (3.0 * grid.spacing[0])) ** 2)
+    made = control(loss, bump, grid, duration, beta, drift=-landscape.gradient_on(grid), steps=steps)
+    at = np.linspace(0, steps, shown + 1).astype(int)
+    power = (made.controlled * made.alpha[:, 0] ** 2 / 2.0) @ grid.weights
+    effort = np.concatenate([[0.0], np.cumsum(power[1:])]) * (duration / steps)
+    sgd, controlled = made.uncontrolled[at], made.controlled[at]
+    mean = grid.weights * loss
+    return Steering(
+        grid, beta, start, made.times[at], loss, sgd, controlled, made.alpha[at, 0], sgd @ mean, controlled @ mean, effort[at]
+    )
 
 
 # ---- How minima widen -------------------------------------------------------------------------------------------------------
@@ -150,8 +243,17 @@ class Widening:
             "lambda/(1+t*lambda)": self.predicted()[there],
         }
 
+    def error(self) -> float:
+        """The largest relative error of a curvature."""
+        return float(np.nanmax(np.abs(self.curvatures / self.predicted() - 1.0)))
 
-def widening(times: ArrayLike, *, points: int = 4097) -> Widening:
+    def summary(self) -> str:
+        ends = ", ".join(f"{end:.3g}" for end in np.sort(self.ends[np.isfinite(self.ends)]))
+        law = f"curvatures are within {100.0 * self.error():.1g} % of lambda/(1 + t lambda)"
+        return f"{law}; the lowest minimum of f stays, the others go at t = {ends}"
+
+
+def widening(times: ArrayLike, *, points: int) -> Widening:
     """Follow three minima of different curvature through the Moreau envelopes.
 
     Where grad f(y) = 0, the characteristic x = y + t grad f(y) stands still: a minimum does not move, u(y, t) = f(y), and its
