@@ -11,6 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from scipy.interpolate import CubicSpline
+from scipy.optimize import brentq
 
 from deeprelax_cuda.pde import (
     Grid,
@@ -166,6 +168,38 @@ def test_a_density_that_the_nodes_resolve_is_averaged_as_well_as_float64_can(sol
     first, last = errors(lambda f, grid: solve(f, grid, T, 10.0), [61, 301], quantile=0.6)
     assert np.all(first > 1e6 * last)  # order 8 would be 4e5 times less
     assert np.all(last < [1e-12, 1e-11, 1e-9])
+
+
+def test_two_narrow_valleys_far_apart_are_both_found() -> None:
+    """At a node x the two minima of f(y) + (x - y)^2/(2t) are made equally low, neither of them at a node.
+
+    The density is a thousandth of the spacing wide; of the two nodes beside the minima one is lower by thousands of T.
+    """
+    grid, t, temperature = Grid(-2.0, 2.0, 41), 0.8, 1e-7
+    nodes, at = grid.axes[0], 21
+    x, wells = nodes[at], (nodes + 0.97) ** 2 * (nodes - 0.93) ** 2 * (1.0 + 0.2 * nodes)
+    left, right = (np.linspace(*ends, 1_000_001) for ends in ((-1.3, -0.6), (0.6, 1.3)))
+    spline = CubicSpline(nodes, wells)  # what the solver sees between the nodes
+
+    def energy(y: np.ndarray, tilt: float) -> np.ndarray:
+        return spline(y) + tilt * y + (x - y) ** 2 / (2.0 * t)
+
+    tilt = brentq(lambda tilt: energy(left, tilt).min() - energy(right, tilt).min(), -1.0, 1.0, xtol=1e-15)
+    y = np.concatenate([left, right])
+    energies = energy(y, tilt)
+    weights = np.exp((energies.min() - energies) / temperature)
+    mass = weights.sum() * (left[1] - left[0]) / math.sqrt(2.0 * math.pi * t * temperature)
+    mean = np.average(y, weights=weights)
+    assert abs(mean) < 0.6  # both count
+    f = wells + tilt * nodes
+    nearest = [min(f[i] + (x - nodes[i]) ** 2 / (2.0 * t) for i in side) for side in (range(5, 15), range(25, 35))]
+    assert abs(nearest[0] - nearest[1]) > 1000.0 * temperature
+
+    jet = local_entropy(f, grid, t, 1.0 / temperature)
+    assert jet.value[at] == pytest.approx(energies.min() - temperature * math.log(mass), abs=1e-12)
+    assert jet.gradient[0, at] == pytest.approx((x - mean) / t, abs=1e-6)
+    variance = np.average((y - mean) ** 2, weights=weights)
+    assert jet.hessian[0, 0, at] == pytest.approx(1.0 / t - variance / (temperature * t**2), rel=1e-6)
 
 
 def test_a_slope_at_a_wall_makes_it_second_order() -> None:
