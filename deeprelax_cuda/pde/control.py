@@ -6,7 +6,7 @@ With b = -grad f and alpha = 0 that is SGD's SDE; with b = 0, Brownian motion. T
 u(x, t), which solves the Hamilton-Jacobi equation with drift b from V, and alpha = grad u attains it. As alpha = 0 costs no
 less,
 
-    E V(controlled) + 1/2 E int |alpha|^2 ds <= E V(uncontrolled)
+    E V(x controlled) + 1/2 E int |alpha|^2 ds <= E V(x uncontrolled)
 
 for alpha = grad u with the drift of u. Without drift u is the local entropy of V; its gradient is not the optimal control of an
 SDE that has a drift, and with one it may cost more than it gains.
@@ -81,7 +81,7 @@ def control(
     Raises:
         ValueError: an argument of another shape or range.
 
-    Source: Deep Relaxation, section on stochastic control (SGD and controlled SGD).
+    Source: Deep Relaxation, on stochastic control.
     """
     begin = grid.check("start", start)
     if begin.min() < 0.0 or begin.max() == 0.0:
@@ -115,7 +115,7 @@ def value_function(
 
         u_t = b . grad u - |grad u|^2/2 + Lap u/(2 beta),   u(., 0) = V
 
-    Args and order as in `control`; the shapes are (steps + 1,), (steps + 1, \\*shape), (steps + 1, dimensions, \\*shape).
+    Args, Raises and order as in `control`; shapes (steps + 1,), (steps + 1, \\*shape), (steps + 1, dimensions, \\*shape).
     """
     duration, beta = check_positive("duration", duration), check_positive("beta", beta)
     if steps < 1:
