@@ -5,6 +5,20 @@ Pure functions of numpy arrays; the packages they need are the ``pde`` extra, an
 """
 
 from deeprelax_cuda.pde.grid import Grid, Jet, differences
+from deeprelax_cuda.pde.heat import heat
 from deeprelax_cuda.pde.landscapes import Landscape, double_well, rugged
+from deeprelax_cuda.pde.local_entropy import local_entropy
+from deeprelax_cuda.pde.moreau_envelope import lower_envelope, moreau_envelope
 
-__all__ = ["Grid", "Jet", "Landscape", "differences", "double_well", "rugged"]
+__all__ = [
+    "Grid",
+    "Jet",
+    "Landscape",
+    "differences",
+    "double_well",
+    "heat",
+    "local_entropy",
+    "lower_envelope",
+    "moreau_envelope",
+    "rugged",
+]
