@@ -51,12 +51,15 @@ def moreau_envelope(f: ArrayLike, grid: Grid, t: float) -> Jet:
         curvature = spline.hessian(y) + unit / t
         held = ((y <= low) & (slope > 0.0)) | ((y >= high) & (slope < 0.0))  # by a wall
         step = np.linalg.solve(_hold(curvature, held), np.where(held, 0.0, slope)[..., None])[..., 0]
-        y = np.clip(y - step, np.maximum(low, node - grid.spacing), np.minimum(high, node + grid.spacing))
+        before, y = y, np.clip(y - step, np.maximum(low, node - grid.spacing), np.minimum(high, node + grid.spacing))
+        if np.allclose(y, before, rtol=0.0, atol=1e-15 * np.max(high - low)):
+            break
     refined = spline.value(y) + np.sum((x - y) ** 2, axis=-1) / (2.0 * t)
     better = refined <= value  # not so where the spline has no minimum near the node, as at a kink
     y = np.where(better[..., None], y, node)
 
-    held = ((y <= low) & (y > x - t * spline.gradient(y))) | ((y >= high) & (y < x - t * spline.gradient(y)))
+    beyond, slack = x - t * spline.gradient(y), 1e-12 * (high - low)  # where y would be if it could, and the rounding of that
+    held = ((y <= low) & (beyond < y - slack)) | ((y >= high) & (beyond > y + slack))
     moves = np.linalg.inv(_hold(unit + t * spline.hessian(y), held)) * (~held)[..., None] * (~held)[..., None, :]  # dy/dx
     return Jet(
         np.where(better, refined, value),
