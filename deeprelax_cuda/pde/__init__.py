@@ -5,6 +5,7 @@ Pure functions of numpy arrays; the packages they need are the ``pde`` extra, an
 """
 
 from deeprelax_cuda.pde.closed_forms import heated_cosine, relaxed_quadratic, widened
+from deeprelax_cuda.pde.control import Controlled, control, value_function
 from deeprelax_cuda.pde.fokker_planck import fokker_planck, generator
 from deeprelax_cuda.pde.grid import Grid, Jet, differences
 from deeprelax_cuda.pde.hamilton_jacobi import hamilton_jacobi, largest_step
@@ -14,9 +15,11 @@ from deeprelax_cuda.pde.local_entropy import local_entropy
 from deeprelax_cuda.pde.moreau_envelope import lower_envelope, moreau_envelope
 
 __all__ = [
+    "Controlled",
     "Grid",
     "Jet",
     "Landscape",
+    "control",
     "differences",
     "double_well",
     "fokker_planck",
@@ -31,5 +34,6 @@ __all__ = [
     "relaxed_quadratic",
     "rugged",
     "valleys",
+    "value_function",
     "widened",
 ]

@@ -31,9 +31,9 @@ def fokker_planck(density: ArrayLike, grid: Grid, times: ArrayLike, drift: Drift
 
     Finite volumes about the nodes, half ones at the walls, through which nothing flows: the mass is ``grid.integrate`` of the
     density, and stays. Between neighbouring nodes the flux is fitted exponentially, to be exact where b and the flux are
-    constant, so that rho stays >= 0 for every drift and exp(-V/D) stands still, up to (V' - difference of V) = O(h^2) and
-    exactly for quadratic V. Backward Euler in time, one dimension after the other: tridiagonal systems, positive and
-    conservative for every step.
+    constant, so that rho stays >= 0 for every drift, and for b = -grad V a Gibbs density exp(-V/D) stands still: exactly for
+    quadratic V, else up to O(h^2). Backward Euler in time, one dimension after the other: tridiagonal systems, positive and
+    conservative for every step, which leave Gibbs densities alone as each dimension's flux vanishes for them.
 
     Order 1 in the step, 2 in h.
 

@@ -38,7 +38,7 @@ def hamilton_jacobi(
     through shocks too. u itself (by s) moves the bound, so it is found anew for each step; without drift it never falls,
     since u grows no steeper.
 
-    Order 1 in h and in the step.
+    Order 1 in h and in the step: the flux adds a viscosity of s h/2, or a little less, to 1/(2 beta).
 
     Args:
         f: the start, shape ``grid.shape``.
@@ -51,8 +51,8 @@ def hamilton_jacobi(
     Raises:
         ValueError: an argument of another shape or range, or ``step`` above the bound.
 
-    Source: Deep Relaxation, equations (viscous-HJ), (HJ) and (HJB); M. G. Crandall, P.-L. Lions, "Two approximations of
-    solutions of Hamilton-Jacobi equations", Math. Comp. 43 (1984).
+    Source: Deep Relaxation, on Hamilton-Jacobi equations and on stochastic control; M. G. Crandall, P.-L. Lions, "Two
+    approximations of solutions of Hamilton-Jacobi equations", Math. Comp. 43 (1984).
     """
     u, beta, b = _checked(f, grid, beta, drift)
     # Where grad u is b nothing bounds a step, and yet u moves on: the steps that resolve the drift alone, u = 0, then do.
