@@ -37,10 +37,8 @@ def minima(values: ArrayLike, grid: Grid) -> tuple[NDArray[np.intp], ...]:
     u = grid.check("values", values)
     ring = np.ones((3,) * grid.dimensions, dtype=bool)
     ring[(1,) * grid.dimensions] = False
-    lowest = u < minimum_filter(u, footprint=ring, mode="nearest")
-    inside = np.zeros(grid.shape, dtype=bool)
-    inside[(slice(1, -1),) * grid.dimensions] = True
-    return np.nonzero(lowest & inside)
+    # Beyond a wall is the wall itself, which is not lower than itself.
+    return np.nonzero(u < minimum_filter(u, footprint=ring, mode="nearest"))
 
 
 # ---- Relaxations of a function of one variable ------------------------------------------------------------------------------
