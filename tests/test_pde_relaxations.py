@@ -281,6 +281,15 @@ def test_a_wall_holds_the_minimiser() -> None:
     assert np.allclose(got.hessian[0, 1], 0.0, atol=1e-12)
 
 
+def test_coupled_variables_on_nodes_of_unlike_spacing() -> None:
+    """Nodes 73 times as far apart in y as in x: the lowest one is several of x's spacings from the minimiser."""
+    grid = Grid((-1.75, -1.75), (1.75, 1.75), (1025, 15))
+    got = moreau_envelope(double_well().on(grid), grid, 0.025)
+    y = grid.nodes - 0.025 * got.gradient
+    want = np.stack(double_well().gradient(*y))  # p = grad f(x - t p); of degree 2 in y, so that the spline is exact there
+    assert np.abs(got.gradient - want)[:, inside(grid, 1.5)].max() < 1e-5
+
+
 # ---- properties that every smoothing has -------------------------------------------------------------------------------------
 
 GRID = Grid(-1.0, 2.0, 61)
