@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from device_runs import DEVICE, NEEDS_GPU
 
 from deeprelax_cuda import backends
-from deeprelax_cuda.pde import verify
+
+pytest.importorskip("scipy")  # the solvers', not the optimizers'
+from deeprelax_cuda.pde import verify  # noqa: E402
 
 pytestmark = NEEDS_GPU
 
