@@ -8,7 +8,7 @@ from device_runs import DEVICE, NEEDS_GPU
 from deeprelax_cuda import backends
 
 pytest.importorskip("scipy")  # the solvers', not the optimizers'
-from deeprelax_cuda.pde import verify  # noqa: E402
+from deeprelax_cuda.pde import verify
 
 pytestmark = NEEDS_GPU
 
