@@ -207,6 +207,7 @@ def test_a_slope_at_a_wall_makes_it_second_order() -> None:
     assert np.allclose(np.log2(first / last) / 2.0, 2.0, atol=0.25)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("t", "beta"), [(0.3, 4.0), (0.3, 1e5)])
 def test_in_two_dimensions_gradient_and_hessian_are_those_of_the_value(t: float, beta: float) -> None:
     grid = Grid((-2.0, -1.7), (2.1, 2.0), (165, 149))
