@@ -130,7 +130,7 @@ fi
 
 # What no other machine can show comes first, should the time run out.
 mapfile -t OTHERS < <(grep -rlE 'mark\.gpu|NEEDS_GPU' "$ROOT/tests" --include='test_*.py' --exclude-dir=gpu | sort)
-FILES=("$ROOT"/tests/gpu/test_{launches,graphs,streams,training,large,equality}.py "${OTHERS[@]}")
+FILES=("$ROOT"/tests/gpu/test_{launches,graphs,streams,training,gradients,large,equality}.py "${OTHERS[@]}")
 part "tests" 210 tests.log "$PYTHON" -m pytest -c "$ROOT/pyproject.toml" --rootdir "$ROOT" -m gpu --durations=8 "${FILES[@]}"
 tail -n 25 "$OUT/tests.log"
 

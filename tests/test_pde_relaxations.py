@@ -207,6 +207,7 @@ def test_a_slope_at_a_wall_makes_it_second_order() -> None:
     assert np.allclose(np.log2(first / last) / 2.0, 2.0, atol=0.25)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("t", "beta"), [(0.3, 4.0), (0.3, 1e5)])
 def test_in_two_dimensions_gradient_and_hessian_are_those_of_the_value(t: float, beta: float) -> None:
     grid = Grid((-2.0, -1.7), (2.1, 2.0), (165, 149))
@@ -279,6 +280,15 @@ def test_a_wall_holds_the_minimiser() -> None:
     assert np.allclose(got.gradient[1], y / 1.5, atol=1e-9)
     assert np.allclose(got.hessian[1, 1], 1.0 / 1.5, atol=1e-8)
     assert np.allclose(got.hessian[0, 1], 0.0, atol=1e-12)
+
+
+def test_coupled_variables_on_nodes_of_unlike_spacing() -> None:
+    """Nodes 73 times as far apart in y as in x: the lowest one is several of x's spacings from the minimiser."""
+    grid = Grid((-1.75, -1.75), (1.75, 1.75), (1025, 15))
+    got = moreau_envelope(double_well().on(grid), grid, 0.025)
+    y = grid.nodes - 0.025 * got.gradient
+    want = np.stack(double_well().gradient(*y))  # p = grad f(x - t p); of degree 2 in y, so that the spline is exact there
+    assert np.abs(got.gradient - want)[:, inside(grid, 1.5)].max() < 1e-5
 
 
 # ---- properties that every smoothing has -------------------------------------------------------------------------------------

@@ -200,6 +200,7 @@ MUTANTS: dict[str, tuple[str, Callable[[Patch], None]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.mutant("the estimates of grad u")
 @pytest.mark.parametrize("name", MUTANTS)
 def test_the_verification_can_fail(name: str, monkeypatch: Patch) -> None:

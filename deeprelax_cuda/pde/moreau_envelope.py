@@ -8,7 +8,7 @@ from scipy.interpolate import NdBSpline, make_interp_spline
 
 from deeprelax_cuda.pde.grid import Array, Grid, Jet, check_positive
 
-#: Newton's iterations for a minimiser between the nodes; it starts within a spacing of it and doubles its digits.
+#: Newton's iterations for a minimiser between the nodes; it starts within a spacing or two and doubles its digits.
 ITERATIONS = 8
 
 
@@ -42,6 +42,9 @@ def moreau_envelope(f: ArrayLike, grid: Grid, t: float) -> Jet:
     x = np.moveaxis(grid.nodes, 0, -1)
     node = np.moveaxis(np.stack([axis[i] for axis, i in zip(grid.axes, index, strict=True)]), 0, -1)
     low, high = np.array(grid.lower), np.array(grid.upper)
+    # The minimiser is within a spacing of the lowest node in each variable by itself; where variables are coupled, coarse nodes
+    # of one put it farther off in the other.
+    reach = 2.0 * max(grid.spacing)
     spline = _Spline(f, grid)
     unit = np.eye(grid.dimensions)
 
@@ -51,7 +54,7 @@ def moreau_envelope(f: ArrayLike, grid: Grid, t: float) -> Jet:
         curvature = spline.hessian(y) + unit / t
         held = ((y <= low) & (slope > 0.0)) | ((y >= high) & (slope < 0.0))  # by a wall
         step = np.linalg.solve(_hold(curvature, held), np.where(held, 0.0, slope)[..., None])[..., 0]
-        before, y = y, np.clip(y - step, np.maximum(low, node - grid.spacing), np.minimum(high, node + grid.spacing))
+        before, y = y, np.clip(y - step, np.maximum(low, node - reach), np.minimum(high, node + reach))
         if np.allclose(y, before, rtol=0.0, atol=1e-15 * np.max(high - low)):
             break
     refined = spline.value(y) + np.sum((x - y) ** 2, axis=-1) / (2.0 * t)

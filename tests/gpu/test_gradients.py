@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 from device_runs import DEVICE, NEEDS_GPU
 
 from deeprelax_cuda import backends
+
+pytest.importorskip("scipy")  # the solvers', not the optimizers'
 from deeprelax_cuda.pde import verify
 
 pytestmark = NEEDS_GPU
