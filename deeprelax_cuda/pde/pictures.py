@@ -174,11 +174,8 @@ def draw_widening(study: Widening) -> bytes:
             left.plot(x, study.envelopes[at], color=BLACK, linestyle=style, linewidth=1.5, label=f"t = {times[at]:.2g}")
         for node, colour in zip(study.nodes, colours, strict=True):
             left.plot(x[node], study.f[node], "o", color=colour, markersize=10)
-        left.set(
-            xlabel="x",
-            xlim=(-2.0, 2.0),
-            title="f and its Moreau envelopes: minima stay in place,\nuntil a lower valley takes over",
-        )
+        left.set(xlabel="x", ylabel="f and u", xlim=(-2.0, 2.0))
+        left.set_title("f and its Moreau envelopes u: minima stay in place\nuntil a lower valley takes over")
         left.legend(frameon=False, loc="lower right")
 
         laws = study.predicted()
