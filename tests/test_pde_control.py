@@ -272,7 +272,7 @@ def test_no_control_is_the_uncontrolled_sde_and_the_start_is_of_mass_1() -> None
         ({"duration": 0.0}, "duration: expected a finite number above 0, got 0.0"),
         ({"steps": 0}, "steps: expected 1 or more, got 0"),
     ],
-    ids=str,
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
 def test_bad_arguments_are_named(changed: dict[str, object], message: str) -> None:
     arguments = {"terminal": np.zeros(5), "start": np.ones(5), "grid": Grid(0, 1, 5), "duration": 1.0, "beta": 1.0, "steps": 3}

@@ -260,7 +260,7 @@ def test_densities_are_handed_out_at_each_time() -> None:
         ({"step": -0.1}, "step: expected a finite number above 0, got -0.1"),
         ({"times": [1.0, 0.5]}, r"times: expected .*, got \[1.0, 0.5\]"),
     ],
-    ids=str,
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
 def test_bad_arguments_are_named(changed: dict[str, object], message: str) -> None:
     arguments = {"density": np.ones(5), "grid": Grid(0, 1, 5), "times": [1.0], "drift": None, "diffusion": 0.5, "step": 0.1}

@@ -316,7 +316,7 @@ def test_a_constant_stays() -> None:
         ({"times": [0.1, math.inf]}, r"times: expected .*, got \[0.1, inf\]"),
         ({"times": [[0.1]]}, r"times: expected .*, got \[\[0.1\]\]"),
     ],
-    ids=str,
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
 def test_bad_arguments_are_named(changed: dict[str, object], message: str) -> None:
     arguments: dict[str, object] = {"f": np.zeros(5), "grid": Grid(0.0, 1.0, 5), "times": [1.0], **changed}

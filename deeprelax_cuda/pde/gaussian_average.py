@@ -72,8 +72,9 @@ class GaussianAverage:
             log_mass[rows] = log_sums - np.log(np.exp(kernel).sum(1))  # a sum of 1 or more: the node itself is a source
             for j in range(3):
                 moments[j][:, rows] = others @ (weights * steps**j).T
-            row, low, high = _runs(logs + kernel)
-            runs.append(np.stack([row + first, low, high]))
+            few = np.flatnonzero(np.einsum("rs,rs->r", weights, weights) > 1.0 / NARROW)  # others count more nodes than that
+            row, low, high = _runs((logs + kernel)[few])
+            runs.append(np.stack([few[row] + first, low, high]))
         row, low, high = np.concatenate(runs, axis=1)
         narrow = ~np.isin(row, row[high - low > NARROW])
         if narrow.any():
