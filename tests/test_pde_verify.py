@@ -17,8 +17,9 @@ import torch
 from contract_cases import TRITON
 
 from deeprelax_cuda import backends
-from deeprelax_cuda.pde import Grid, differences, verify
-from deeprelax_cuda.pde.verify import CASES, DOUBLE_WELL, METHODS, RUGGED, Case, Row
+from deeprelax_cuda.pde import Grid, differences, estimates, verify
+from deeprelax_cuda.pde.estimates import CASES, DOUBLE_WELL, METHODS, RUGGED, Case
+from deeprelax_cuda.pde.verify import Row
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FIRST = backends.available("cpu")[:1]
@@ -93,8 +94,8 @@ def test_standard_errors_are_those_of_the_means(monkeypatch: Patch) -> None:
     compared = verify._Compared.of(case, METHODS["HeatSGD"])
     scores = []
     for seed in range(4):
-        monkeypatch.setattr(verify, "_SEED", seed)
-        found = verify.heat_sgd(verify.Start(case, compared.anchors, 1024, FIRST[0], torch.device("cpu"))).numpy()
+        monkeypatch.setattr(estimates, "_SEED", seed)
+        found = estimates.heat_sgd(estimates.Start(case, compared.anchors, 1024, FIRST[0], torch.device("cpu"))).numpy()
         scores.append((found.mean(2) - compared.relaxed) / (found.std(2) / 32.0))
     assert 0.7 < math.sqrt(np.mean(np.square(scores))) < 1.35
 
@@ -155,8 +156,8 @@ def options(method: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> 
     """Give a method other options than it is asked for."""
 
     def mutate(patch: Patch) -> None:
-        make = getattr(verify, method)
-        patch.setattr(verify, method, lambda params, **asked: make(params, **{**asked, **change(asked)}))
+        make = getattr(estimates, method)
+        patch.setattr(estimates, method, lambda params, **asked: make(params, **{**asked, **change(asked)}))
 
     return mutate
 
@@ -165,14 +166,14 @@ def periods(change: Callable[[list[Any]], list[Any]]) -> Callable[[Patch], None]
     """Change what the periods are taken for."""
 
     def mutate(patch: Patch) -> None:
-        take = verify._periods
-        patch.setattr(verify, "_periods", lambda *args: change(take(*args)))
+        take = estimates._periods
+        patch.setattr(estimates, "_periods", lambda *args: change(take(*args)))
 
     return mutate
 
 
 def constant(name: str, value: Any) -> Callable[[Patch], None]:
-    return lambda patch: patch.setattr(verify, name, value)
+    return lambda patch: patch.setattr(estimates, name, value)
 
 
 entropy, heat, hj = (partial(options, name) for name in ("EntropySGD", "HeatSGD", "HamiltonJacobi"))
@@ -278,8 +279,8 @@ def test_what_is_refused() -> None:
 @pytest.mark.parametrize("name", TRITON)
 def test_the_kernels_of_triton_give_the_bits(name: str, monkeypatch: Patch) -> None:
     """A few steps of everything by the interpreter; where there is a GPU, tests/gpu has the estimates themselves."""
-    monkeypatch.setattr(verify, "_HEAT_STEPS", 3)
-    monkeypatch.setattr(verify, "_FIXED_POINT_STEPS", 3)
+    monkeypatch.setattr(estimates, "_HEAT_STEPS", 3)
+    monkeypatch.setattr(estimates, "_FIXED_POINT_STEPS", 3)
     sharp = Grid((-1.75, -1.75), (1.75, 1.75), (29, 15))
     rows = verify.verify(backends=[*FIRST, name], cases=[replace(DOUBLE_WELL, inner_steps=2, copies=33, sharp=sharp)])
     assert [row.same_bits for row in rows] == [None, True] * len(METHODS)
