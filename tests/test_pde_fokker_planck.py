@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.linalg import expm, solve_continuous_lyapunov
 from scipy.sparse.linalg import expm_multiply
 
-from deeprelax_cuda.pde import Grid, double_well, fokker_planck, generator, rugged
+from deeprelax_cuda.pde import Grid, differences, double_well, fokker_planck, generator, rugged
 from deeprelax_cuda.pde.grid import Array
 
 
@@ -69,6 +69,28 @@ def test_orders_1_in_the_step_and_2_in_the_spacing_on_ornstein_uhlenbeck(matrix:
         assert pair[-1] < 0.02, (name, pair)
 
 
+@pytest.mark.parametrize("matrix", DECAYS, ids=["1-D", "2-D"])
+def test_gradient_and_hessian_of_the_density_are_of_order_2(matrix: list[list[float]]) -> None:
+    """By differences, with a quarter of the step at half the spacing; in the Gaussian's closed form G = C^-1(m - x) rho."""
+    d, s = len(matrix), 0.4
+    start = np.array([0.4, -0.3])[:d], 0.1 * np.eye(d)
+    mean, covariance = ornstein_uhlenbeck(np.array(matrix), *start, s)
+    inverse = np.linalg.inv(covariance)
+    errors: dict[str, list[float]] = {"gradient": [], "hessian": []}
+    for points, step in ((61, 0.02), (121, 0.005)):
+        grid = Grid([-2.4] * d, [2.4] * d, [points] * d)
+        drift = -np.einsum("ij,j...->i...", np.array(matrix), grid.nodes)
+        got = differences(fokker_planck(normal(grid, *start), grid, [s], drift, DIFFUSION, step=step)[0], grid)
+        rho = normal(grid, mean, covariance)
+        pull = np.einsum("ij,j...->i...", inverse, mean.reshape(-1, *[1] * d) - grid.nodes)
+        want = {"gradient": pull * rho, "hessian": (pull[:, None] * pull - inverse.reshape(d, d, *[1] * d)) * rho}
+        for name, values in errors.items():
+            values.append(float(np.abs(getattr(got, name) - want[name]).max() / np.abs(want[name]).max()))
+    for name, pair in errors.items():
+        assert 1.7 < order(pair) < 2.3, (name, pair)
+        assert pair[-1] < 0.03, (name, pair)
+
+
 @pytest.mark.parametrize("diffusion", [0.05, 0.2])
 def test_order_2_in_the_spacing(diffusion: float) -> None:
     """Of the difference between one grid and the next, exactly in time, by the exponential of the generator; |b| h/D up to 1.5.
@@ -85,6 +107,25 @@ def test_order_2_in_the_spacing(diffusion: float) -> None:
     errors = [float(np.abs(finer - density).max()) for density, finer in itertools.pairwise(densities)]
     assert 1.8 < order(errors) < 2.2, errors
     assert errors[-1] < 0.01 * densities[-1].max(), errors
+
+
+@pytest.mark.parametrize(("diffusion", "want"), [(0.2, 2.0), (1e-4, 1.0)], ids=["resolved", "upwind"])
+def test_the_order_in_the_spacing_is_2_below_2_D_of_drift_and_1_above(diffusion: float, want: float) -> None:
+    """|b| h/D of at most 0.4 and 0.1, then of 750 and 190: of the generator, and of a density that it moves smoothly."""
+    errors: dict[str, list[float]] = {"generator": [], "density": []}
+    densities = []
+    for points in (41, 81, 161, 321):
+        grid = Grid(0.0, 2.0, points)
+        x = grid.axes[0]
+        b = (0.2 + np.sin(math.pi * x / 2.0) ** 2) * np.sin(math.pi * x / 2.0)
+        q = generator(grid, b[None], diffusion)
+        v, slope = np.cos(math.pi * x), -math.pi * np.sin(math.pi * x)
+        errors["generator"].append(float(np.abs(q @ v - b * slope + diffusion * math.pi**2 * v)[1:-1].max()))
+        rho = fokker_planck(2.0 + v, grid, [0.3], b[None], diffusion, step=0.01)[0]
+        densities.append(rho[:: (points - 1) // 40])
+    errors["density"] = [float(np.abs(finer - rho).max()) for rho, finer in itertools.pairwise(densities)]
+    for name, values in errors.items():
+        assert want - 0.25 < order(values) < want + 0.25, (name, values)
 
 
 @pytest.mark.parametrize("d", [1, 2])
@@ -266,3 +307,31 @@ def test_bad_arguments_are_named(changed: dict[str, object], message: str) -> No
     arguments = {"density": np.ones(5), "grid": Grid(0, 1, 5), "times": [1.0], "drift": None, "diffusion": 0.5, "step": 0.1}
     with pytest.raises(ValueError, match=f"^{message}"):
         fokker_planck(**{**arguments, **changed})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"drift": np.full((1, 5), 1e308)}, "drift, diffusion: expected the rates of jumps to be finite in float64, got inf"),
+        ({"diffusion": 1e308}, "drift, diffusion: expected the rates of jumps to be finite in float64, got inf"),
+        ({"diffusion": 1e-320}, "drift, diffusion: expected the rates of jumps to be finite in float64, got (inf|nan)"),
+        ({"diffusion": 1e300}, "drift, diffusion, step: expected a system to solve in float64, got a singular one"),
+        ({"diffusion": 1e300, "step": 1e100, "times": [1e100]}, "density, drift, diffusion, step: expected the density to be"),
+        (
+            {"density": np.full(5, 1.7e308)},
+            "density, drift, diffusion, step: expected the density to be finite in float64, got",
+        ),
+        ({"step": 1e-320}, r"times: expected times that 2\^53 steps reach, got 1.0 to go in steps of at most 1e-320"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_what_overflows_is_refused(changed: dict[str, object], message: str) -> None:
+    drift = np.sin(np.linspace(0.0, 3.0, 5))[None]
+    arguments = {"density": np.ones(5), "grid": Grid(0, 1, 5), "times": [1.0], "drift": drift, "diffusion": 0.5, "step": 0.1}
+    with pytest.raises(ValueError, match=f"^{message}"):
+        fokker_planck(**{**arguments, **changed})  # type: ignore[arg-type]
+
+
+def test_rates_that_overflow_are_refused_by_the_generator_too() -> None:
+    with pytest.raises(ValueError, match=r"^drift, diffusion: expected the rates of jumps to be finite in float64, got inf"):
+        generator(Grid(0, 1, 5), None, 1e308)

@@ -10,12 +10,12 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.linalg import solve_banded
+from scipy.linalg import LinAlgError, solve_banded
 from scipy.sparse import coo_array, csr_array
 from scipy.special import exprel
 
 from deeprelax_cuda.pde.grid import Array, Grid, check_positive
-from deeprelax_cuda.pde.times import check_times, equal_steps
+from deeprelax_cuda.pde.times import check_computed, check_times, equal_steps
 
 #: None, b at the nodes, shape (dimensions, \*shape), or a function of the time s that returns it.
 Drift = ArrayLike | Callable[[float], ArrayLike] | None
@@ -35,7 +35,12 @@ def fokker_planck(density: ArrayLike, grid: Grid, times: ArrayLike, drift: Drift
     quadratic V, else up to O(h^2). Backward Euler in time, one dimension after the other: tridiagonal systems, positive and
     conservative for every step, which leave Gibbs densities alone as each dimension's flux vanishes for them.
 
-    Order 1 in the step, 2 in h.
+    Order 1 in the step. In h, order 2 while |b| h is below 2 D or so, and the gradient and Hessian by `differences` too; above
+    it, order 1. For the fitted flux is the central one with D (z/2) coth(z/2), z = b h/D, in place of D: D + b^2 h^2/(12 D)
+    for small z, and for large ones |b| h/2, the flux upwind.
+
+    Cost: an interval of ``times`` over ``step`` solutions of a tridiagonal system in each dimension, linear in the nodes; a
+    drift that is a function of s is looked up for each.
 
     Args:
         density: rho at s = 0, shape ``grid.shape``, 0 or more; smooth on the scale of h.
@@ -45,7 +50,7 @@ def fokker_planck(density: ArrayLike, grid: Grid, times: ArrayLike, drift: Drift
         step: upper limit of the time steps; an interval of ``times`` is divided evenly.
 
     Raises:
-        ValueError: an argument of another shape or range.
+        ValueError: an argument of another shape or range, or so large or small that the density overflows.
 
     Source: D. Scharfetter, H. Gummel, IEEE Trans. Electron Devices 16 (1969); J. Chang, G. Cooper, J. Comput. Phys. 6 (1970).
     """
@@ -63,14 +68,16 @@ def fokker_planck(density: ArrayLike, grid: Grid, times: ArrayLike, drift: Drift
             rates = _rates(grid, drift(s), diffusion) if callable(drift) else fixed
             for axis, (up, down) in enumerate(rates):
                 mass = _step(mass, dt, up, down, axis)
-        solution.append(mass / grid.weights)
+        with np.errstate(over="ignore", invalid="ignore"):
+            rho = mass / grid.weights
+        solution.append(check_computed("density, drift, diffusion, step", "the density", rho))
     return np.stack(solution)
 
 
 def generator(grid: Grid, drift: ArrayLike | None, diffusion: float) -> csr_array:
     """Return the generator of dx = b ds + sqrt(2 D) dW on the grid: a sparse matrix of nodes by nodes, in C order.
 
-        q v = b . grad v + D Lap v,   of order 2 in h
+        q v = b . grad v + D Lap v,   of order 2 in h while |b| h is below 2 D or so, else of order 1 (`fokker_planck` has why)
 
     Its rows sum to 0 and only its diagonal is negative: q[i, j] is the rate of jumps from node i to node j, the fluxes of
     `fokker_planck`. Its transpose acts on masses: q^T(rho weights) = (-div(b rho) + D Lap rho) weights.
@@ -80,7 +87,7 @@ def generator(grid: Grid, drift: ArrayLike | None, diffusion: float) -> csr_arra
         diffusion: D, above 0.
 
     Raises:
-        ValueError: an argument of another shape or range.
+        ValueError: an argument of another shape or range, or so large or small that the rates overflow.
     """
     number = np.arange(grid.weights.size).reshape(grid.shape)
     here, there, rate = [], [], []
@@ -109,10 +116,13 @@ def _rates(grid: Grid, drift: ArrayLike | None, diffusion: float) -> list[tuple[
         up, down = np.zeros_like(b), np.zeros_like(b)
         width = np.full(b.shape[-1], h)
         width[[0, -1]] = h / 2.0
-        z = (b[..., :-1] + b[..., 1:]) * (h / (2.0 * diffusion))
-        with np.errstate(over="ignore"):  # B(z) = 1/exprel(z) is then 0
+        with np.errstate(
+            over="ignore", invalid="ignore", divide="ignore"
+        ):  # exprel(z) may be infinite: B(z) = 1/exprel(z) is 0
+            z = (b[..., :-1] + b[..., 1:]) * (h / (2.0 * diffusion))
             up[..., :-1] = diffusion / (h * width[:-1] * exprel(-z))
             down[..., 1:] = diffusion / (h * width[1:] * exprel(z))
+        check_computed("drift, diffusion", "the rates of jumps", np.stack([up, down]))
         rates.append((up, down))
     return rates
 
@@ -124,9 +134,14 @@ def _step(mass: Array, dt: float, up: Array, down: Array, axis: int) -> Array:
     from what is positive: masses >= 0 stay so in floating point too.
     """
     old = np.moveaxis(mass, axis, -1)
-    bands = np.stack([-dt * down, 1.0 + dt * (up + down), -dt * up]).reshape(3, -1)
-    new = solve_banded((1, 1), bands, old.ravel(), overwrite_ab=True, check_finite=False).reshape(old.shape)
+    with np.errstate(over="ignore"):  # the density is then not finite, which its caller reports
+        bands = np.stack([-dt * down, 1.0 + dt * (up + down), -dt * up]).reshape(3, -1)
+    try:
+        new = solve_banded((1, 1), bands, old.ravel(), overwrite_ab=True, check_finite=False).reshape(old.shape)
+    except LinAlgError as error:  # the 1 of the diagonal is below the rounding of the rates
+        raise ValueError("drift, diffusion, step: expected a system to solve in float64, got a singular one") from error
     # Each line keeps its mass, but for the diagonal's rounding, dt D/h^2 1e-16 a step: that is taken out before it adds up.
     tiny = np.finfo(np.float64).tiny  # a line may be empty
-    new *= (old.sum(-1, keepdims=True) + tiny) / (new.sum(-1, keepdims=True) + tiny)
+    with np.errstate(over="ignore", invalid="ignore"):
+        new *= (old.sum(-1, keepdims=True) + tiny) / (new.sum(-1, keepdims=True) + tiny)
     return np.moveaxis(new, -1, axis)
