@@ -231,6 +231,21 @@ def test_without_drift_the_least_cost_is_the_local_entropy(name: str) -> None:
     assert abs(errors[-1]) < 0.05, errors
 
 
+@pytest.mark.parametrize("rate", [-1.5, 1.0])
+def test_the_optimal_control_of_a_quadratic_is_of_order_1(rate: float) -> None:
+    """With b = rate x, grad u = a x, where Riccati's a' = 2 rate a - a^2 in the time to go."""
+    start, duration, errors = 1.2, 0.6, []
+    for points in (121, 241, 481):
+        grid = Grid(-6.0, 6.0, points)
+        x = grid.axes[0]
+        times, _, alpha = value_function(start * x * x / 2.0, grid, duration, 4.0, drift=rate * x[None], steps=3)
+        growth = np.exp(2.0 * rate * (duration - times))
+        a = start * growth / (1.0 + start * (growth - 1.0) / (2.0 * rate))
+        errors.append(float(np.abs(alpha[:, 0] - a[:, None] * x)[:, np.abs(x) <= 1.0].max()))
+    assert 0.8 < order(errors) < 1.2, errors
+    assert errors[-1] < 0.02
+
+
 # ---- What is handed out ------------------------------------------------------------------------------------------------------
 
 
@@ -259,6 +274,16 @@ def test_no_control_is_the_uncontrolled_sde_and_the_start_is_of_mass_1() -> None
     assert grid.integrate(run.uncontrolled[0]) == pytest.approx(1.0, abs=1e-14)
 
 
+def test_a_start_of_any_size_is_brought_to_mass_1() -> None:
+    case = CASES["rugged"]
+    grid = case.grid(51)
+    start = bump(grid, case.start, 0.5)
+    start /= start.max()  # of mass 1.25, so that the largest below overflows
+    runs = [control(case.terminal.on(grid), size * start, grid, 0.1, 2.0, steps=5) for size in (1.0, 1.7e308, 1e-300)]
+    assert runs[0].gain > 0.0
+    assert [run.gain for run in runs[1:]] == pytest.approx([runs[0].gain] * 2, rel=1e-9)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -270,7 +295,10 @@ def test_no_control_is_the_uncontrolled_sde_and_the_start_is_of_mass_1() -> None
         ({"alpha": np.zeros((2, 1, 5))}, r"alpha: expected shape \(4, 1, 5\), got \(2, 1, 5\)"),
         ({"beta": math.inf}, "beta: expected a finite number above 0, got inf"),
         ({"duration": 0.0}, "duration: expected a finite number above 0, got 0.0"),
-        ({"steps": 0}, "steps: expected 1 or more, got 0"),
+        ({"steps": 0}, "steps: expected an int of 1 or more, got 0"),
+        ({"steps": 20.5}, "steps: expected an int of 1 or more, got 20.5"),
+        ({"steps": "20"}, "steps: expected an int of 1 or more, got '20'"),
+        ({"steps": np.float64(20)}, "steps: expected an int of 1 or more, got "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )

@@ -66,7 +66,8 @@ def control(
 ) -> Controlled:
     """Control dx = b ds - alpha ds + beta^(-1/2) dW optimally, or by a given alpha.
 
-    Order 1 in the spacing h and in duration/steps; `value_function` and `fokker_planck` say how.
+    Order 1 in the spacing h and in duration/steps: u and alpha = grad u of the former (`hamilton_jacobi`), densities of both
+    (`fokker_planck`).
 
     Args:
         terminal: V, shape ``grid.shape``.
@@ -76,7 +77,8 @@ def control(
         drift: b at the nodes, shape (dimensions, \\*shape); -grad f for SGD, None for Brownian motion.
         alpha: a control at the times n*duration/steps, n = 0, ..., steps, shape (steps + 1, dimensions, \\*shape); the optimal
             one by default.
-        steps: number of time steps of the SDE's densities.
+        steps: number of time steps of the SDE's densities, an int of 1 or more. Those of u are explicit, as many as
+            `hamilton_jacobi` says.
 
     Raises:
         ValueError: an argument of another shape or range.
@@ -86,7 +88,8 @@ def control(
     begin = grid.check("start", start)
     if begin.min() < 0.0 or begin.max() == 0.0:
         raise ValueError(f"start: expected a density, 0 or more and not 0 everywhere, got {begin.min()} to {begin.max()}")
-    begin = begin / grid.integrate(begin)
+    begin = begin / begin.max()  # whose integral cannot overflow
+    begin /= grid.integrate(begin)
     times, value, optimal = value_function(terminal, grid, duration, beta, drift=drift, steps=steps)
     used = optimal if alpha is None else grid.check("alpha", alpha, (steps + 1, grid.dimensions))
     b = np.zeros(used.shape[1:]) if drift is None else np.asarray(drift)
@@ -118,8 +121,8 @@ def value_function(
     Args, Raises and order as in `control`; shapes (steps + 1,), (steps + 1, \\*shape), (steps + 1, dimensions, \\*shape).
     """
     duration, beta = check_positive("duration", duration), check_positive("beta", beta)
-    if steps < 1:
-        raise ValueError(f"steps: expected 1 or more, got {steps}")
+    if not isinstance(steps, (int, np.integer)) or steps < 1:
+        raise ValueError(f"steps: expected an int of 1 or more, got {steps!r}")
     times = np.linspace(0.0, duration, steps + 1)
     value = hamilton_jacobi(grid.check("terminal", terminal), grid, times, beta, drift=drift)[::-1]
     gradient = [np.gradient(value, h, axis=axis, edge_order=2) for axis, h in enumerate(grid.spacing, start=1)]
