@@ -32,7 +32,7 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        if "triton" in params.values():
+        if any(isinstance(value, str) and value == "triton" for value in params.values()):
             item.add_marker(pytest.mark.slow)  # the interpreter is
         if marker := item.get_closest_marker("mutant"):
             item.user_properties.append((OF, marker.args[0]))

@@ -35,6 +35,8 @@ def test_the_integral_is_the_trapezoidal_rule() -> None:
     [
         ((0.0, 1.0, 2), "points: expected 3 or more nodes, got 2"),
         ((1.0, 1.0, 5), "lower, upper: expected finite walls, lower < upper, got 1.0 and 1.0"),
+        ((1e16, 1e16 + 8.0, 9), "points: expected nodes that float64 tells well apart"),
+        ((-1e308, 1e308, 5), "points: expected nodes that float64 tells well apart"),
         ((0.0, math.inf, 5), "lower, upper: expected finite walls"),
         ((0.0, math.nan, 5), "lower, upper: expected finite walls"),
         (((0.0, 0.0), (1.0, 1.0), 5), "lower, upper, points: expected 1 or 2 numbers each"),
@@ -44,6 +46,11 @@ def test_the_integral_is_the_trapezoidal_rule() -> None:
 def test_a_wrong_grid_is_refused(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Grid(*arguments)
+
+
+def test_half_a_node_is_refused() -> None:
+    with pytest.raises(TypeError):
+        Grid(0.0, 1.0, 5.9)  # type: ignore[arg-type]
 
 
 def test_values_of_another_shape_or_not_finite_are_refused() -> None:

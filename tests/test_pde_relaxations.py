@@ -26,6 +26,7 @@ from deeprelax_cuda.pde import (
     moreau_envelope,
     relaxed_quadratic,
     rugged,
+    valleys,
     widened,
 )
 
@@ -202,6 +203,67 @@ def test_two_narrow_valleys_far_apart_are_both_found() -> None:
     assert jet.hessian[0, 0, at] == pytest.approx(1.0 / t - variance / (temperature * t**2), rel=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [1e-4, 1e-8])
+def test_a_curved_valley_of_two_variables(temperature: float) -> None:
+    """The mean of y bends with x: u is the envelope all the same, but for T, and nowhere more curved than 1/t."""
+    t, errors = 0.05, []
+    for n in (41, 81):
+        grid = Grid((-2.0, -2.0), (2.0, 2.0), (n, n))
+        x, y = grid.nodes
+        f = x**2 / 2.0 + (y - np.sin(2.0 * x)) ** 2
+        u = local_entropy(f, grid, t, 1.0 / temperature)
+        off = [np.abs(a - b)[..., inside(grid, 1.0)] for a, b in zip(u, moreau_envelope(f, grid, t), strict=True)]
+        errors.append([np.median(part) for part in off])
+        assert off[2].max() < 0.1
+        eigenvalues = np.linalg.eigvalsh(np.moveaxis(u.hessian, (0, 1), (-2, -1)))
+        assert eigenvalues[inside(grid, 1.0)].max() < 1.0 / t
+    assert np.all(np.array(errors[-1]) < [5e-8 + temperature, 2e-6 + 2.0 * temperature, 1e-4 + 2.0 * temperature])
+    assert errors[0][2] > 2.0 * errors[1][2]
+
+
+def test_a_narrow_hole_beside_a_wide_valley() -> None:
+    """At x the hole is as deep as makes both weigh the same: the valley is summed over the nodes, the hole between them."""
+    x, t, temperature = -0.15, 1.0, 2e-3
+    y = np.linspace(-3.0, 3.0, 600_001)
+
+    def f(y: np.ndarray, depth: float) -> np.ndarray:
+        return 0.1 * (y + 1.0) ** 2 + depth * valleys([[1.0]], depths=[1.0], widths=[0.12]).value(y)
+
+    def energies(depth: float) -> np.ndarray:
+        return f(y, depth) + (x - y) ** 2 / (2.0 * t)
+
+    def weights(depth: float) -> np.ndarray:
+        return np.exp((energies(depth).min() - energies(depth)) / temperature)
+
+    depth = brentq(lambda depth: np.sum(np.where(y > 0.5, 1.0, -1.0) * weights(depth)), 0.5, 2.0)
+    mass = weights(depth).sum() * 1e-5 / math.sqrt(2.0 * math.pi * t * temperature)
+    value = energies(depth).min() - temperature * math.log(mass)
+    mean = np.average(y, weights=weights(depth))
+    off = []
+    for n in (161, 321, 641):
+        grid = Grid(-3.0, 3.0, n)
+        at = int(np.argmin(np.abs(grid.axes[0] - x)))
+        u = local_entropy(f(grid.axes[0], depth), grid, t, 1.0 / temperature)
+        off.append([u.value[at] - value, u.gradient[0, at] - (x - mean) / t])
+    assert np.all(np.abs(off) < [[1e-4, 0.05], [1e-5, 5e-3], [1e-6, 5e-4]]), off
+
+
+@pytest.mark.parametrize("t", [1e-3, 1e-9, 1e-15])
+def test_a_short_time_changes_little(t: float) -> None:
+    """To first order in t, u = f - t |f'|^2/2 + t f''/(2 beta): gradient and Hessian are f's, and not those of rounding."""
+    grid = Grid(-math.pi, math.pi, 241)
+    f = np.cos(grid.axes[0])
+    slope, bend = -np.sin(grid.axes[0]), -f
+    for beta in (1.0, 1e8):
+        for solve in (local_entropy, heat, lambda f, grid, t, beta: moreau_envelope(f, grid, t)):
+            if t / beta < 1e-18:
+                continue
+            jet = solve(f, grid, t, beta)
+            assert np.abs(jet.value - f).max() < 2.0 * t + 1e-7
+            assert np.abs(jet.gradient[0] - slope).max() < 2.0 * t + 1e-4
+            assert np.abs(jet.hessian[0, 0] - bend).max() < 2.0 * t + 0.01
+
+
 def test_a_slope_at_a_wall_makes_it_second_order() -> None:
     first, last = errors(lambda f, grid: local_entropy(f, grid, T, 1.0), [151, 601], quantile=1.0)
     assert np.allclose(np.log2(first / last) / 2.0, 2.0, atol=0.25)
@@ -268,6 +330,35 @@ def test_a_kink_of_f_is_found_between_its_neighbours() -> None:
         bounds.append([np.abs(got.value - huber).max(), np.abs(got.gradient[0] - np.clip(2.0 * x, -1.0, 1.0)).max()])
     assert np.all(np.divide(*bounds) > 3.5)
     assert np.all(np.array(bounds[-1]) < [0.002, 0.02])
+
+
+def test_the_envelope_near_a_tie_of_two_valleys() -> None:
+    """The nodes may tell the wrong one of two valleys as the lower; over many tilts the value is of order 4 all the same."""
+    worst_of, t = [], 0.8
+    for n in (41, 81):
+        grid, off = Grid(-2.0, 2.0, n), []
+        fine = np.linspace(-1.5, 1.5, 30_001)
+        middle = float(grid.axes[0][n // 2])
+        for tilt in np.linspace(-0.03, 0.03, 61):
+            f = double_well(tilt=float(tilt))
+            u = moreau_envelope(f.value(grid.axes[0], 0.5 * grid.axes[0]) + 0.1 * grid.axes[0] ** 3, grid, t)
+            near = f.value(fine, 0.5 * fine) + 0.1 * fine**3 + (middle - fine) ** 2 / (2.0 * t)
+            off.append(abs(u.value[n // 2] - near.min()))
+        worst_of.append(max(off))
+    assert worst_of[0] < 3e-5
+    assert worst_of[1] < 3e-6
+
+
+def test_a_bent_valley_on_few_nodes_is_followed_to_its_minimum() -> None:
+    """p = grad f(x - t p), and no curvature above 1/t, where Newton's iteration has far to go."""
+    grid = Grid((-2.0, -2.0), (2.0, 2.0), (11, 81))
+    x, y = grid.nodes
+    for t in (0.5, 5.0):
+        u = moreau_envelope((x - 1.0) ** 2 / 4.0 + 4.0 * (y - x**2) ** 2, grid, t)
+        eigenvalues = np.linalg.eigvalsh(np.moveaxis(u.hessian, (0, 1), (-2, -1)))
+        assert eigenvalues.max() <= (1.0 + 1e-9) / t
+    saddle = moreau_envelope(-(grid.nodes[0] ** 2) / 2.0, grid, 1.0)  # E has no curvature
+    assert np.isfinite(saddle.hessian).all()
 
 
 def test_a_wall_holds_the_minimiser() -> None:
@@ -392,6 +483,28 @@ def test_a_temperature_out_of_range_is_refused(solve: Callable[..., Any]) -> Non
             solve(np.zeros(GRID.shape), GRID, 1.0, beta)
     with pytest.raises(ValueError, match=r"t, beta: .* is lost in a box of width 3: expected 1e-10 of it"):
         solve(np.zeros(GRID.shape), GRID, 1.0, 1e30)
+
+
+@pytest.mark.parametrize("f", [np.cos(GRID.axes[0]) + 1e10, 1e307 * GRID.axes[0]], ids=["an offset", "huge"])
+def test_what_float64_does_not_know_to_within_the_temperature_is_refused(f: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"f, beta: float64 knows f = .* only, too little for 1/beta = 1e-08"):
+        local_entropy(f, GRID, 0.1, 1e8)
+
+
+def test_what_overflows_is_refused() -> None:
+    for f, t in ((1e307 * GRID.axes[0], 1.0), (GRID.axes[0], 1e308)):
+        with pytest.raises(ValueError, match=r"f, t: expected f t/h\^2 within float64"):
+            moreau_envelope(f, GRID, t)
+
+
+@pytest.mark.parametrize(("t", "beta"), [(1e4, 1.0), (1e12, 1e-3), (1e300, 1e-300)])
+def test_a_gaussian_of_any_width_is_one_of_a_few_boxes(t: float, beta: float) -> None:
+    f = rugged().on(GRID)
+    mean = GRID.integrate(f) / 3.0
+    assert np.allclose(heat(f, GRID, t, beta).value, mean, rtol=1e-12)
+    entropy = local_entropy(f, GRID, t, beta)
+    assert np.allclose(entropy.value * beta, -math.log(GRID.integrate(np.exp(-beta * f)) / 3.0), rtol=1e-9, atol=1e-15)
+    assert np.abs(entropy.gradient).max() < 1e-9 * max(1.0, 1.0 / beta)
 
 
 @pytest.mark.parametrize("name", SMOOTH)

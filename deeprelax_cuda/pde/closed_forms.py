@@ -28,11 +28,13 @@ def relaxed_quadratic(matrix: ArrayLike, x: ArrayLike, t: float, beta: float = m
         ValueError: an argument out of range; a matrix that is not symmetric, or whose f falls too fast for u to be finite.
     """
     a = np.asarray(matrix, dtype=np.float64)
-    points = np.asarray(x, dtype=np.float64)
+    points = np.atleast_1d(np.asarray(x, dtype=np.float64))
     t, beta = check_positive("t", t), check_positive("beta", beta, infinite=True)
     d = len(points)
-    if a.shape != (d, d) or not np.array_equal(a, a.T):
-        raise ValueError(f"matrix: expected a symmetric one of shape {(d, d)}, got shape {a.shape}")
+    if a.shape != (d, d):
+        raise ValueError(f"matrix: expected shape {(d, d)}, got {a.shape}")
+    if not np.allclose(a, a.T, rtol=1e-12, atol=0.0):
+        raise ValueError("matrix: expected a symmetric one")
     widths = 1.0 + t * np.linalg.eigvalsh(a)
     if not np.all(widths > 0.0):
         raise ValueError(f"matrix: expected I + t*matrix to be positive definite, got an eigenvalue {widths.min():.3g}")

@@ -7,10 +7,11 @@ thrown back, no mass leaves. Take a box whose walls lie where nothing happens.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, SupportsFloat
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -27,7 +28,8 @@ class Grid:
         points: number of nodes, 3 or more: a number, or one for each dimension.
 
     Raises:
-        ValueError: one or two dimensions were expected, finite walls with lower < upper, 3 or more nodes.
+        ValueError: one or two dimensions were expected, finite walls with lower < upper, 3 or more nodes well apart.
+        TypeError: a number of nodes that is not whole.
 
     >>> Grid(-1.0, 1.0, 5).axes[0]
     array([-1. , -0.5,  0. ,  0.5,  1. ])
@@ -41,7 +43,7 @@ class Grid:
         fields = {
             "lower": tuple(float(wall) for wall in np.atleast_1d(lower)),
             "upper": tuple(float(wall) for wall in np.atleast_1d(upper)),
-            "points": tuple(int(count) for count in np.atleast_1d(points)),
+            "points": tuple(operator.index(count) for count in np.atleast_1d(np.asarray(points)).tolist()),
         }
         lengths = {name: len(field) for name, field in fields.items()}
         if len(set(lengths.values())) > 1 or lengths["lower"] not in (1, 2):
@@ -53,6 +55,9 @@ class Grid:
                 raise ValueError(f"lower, upper: expected finite walls, lower < upper, got {low} and {high}")
             if count < 3:
                 raise ValueError(f"points: expected 3 or more nodes, got {count}")
+            largest = max(abs(low), abs(high))
+            if not 1e8 * np.finfo(np.float64).eps * largest < (high - low) / (count - 1) < math.inf:
+                raise ValueError(f"points: expected nodes that float64 tells well apart, got {count} from {low} to {high}")
 
     @property
     def dimensions(self) -> int:
@@ -120,7 +125,7 @@ def differences(values: ArrayLike, grid: Grid) -> Jet:
 
     Order 2 in the spacing; at a wall, differences to one side, of order 2 for the gradient and 1 for the Hessian.
     """
-    u = grid.check("values", values)
+    u = grid.check("values", values).copy()
     d = grid.dimensions
     gradient = np.stack([np.gradient(u, h, axis=axis, edge_order=2) for axis, h in enumerate(grid.spacing)])
     hessian = np.empty((d, d, *grid.shape))
@@ -140,7 +145,7 @@ def check_positive(name: str, value: float, *, zero: bool = False, infinite: boo
     Raises:
         ValueError: not a number above 0 (or ``zero``), finite (or ``infinite``); names ``name``.
     """
-    number = float(value)
+    number = float(value) if isinstance(value, SupportsFloat) else math.nan
     if not (number > 0.0 or (zero and number == 0.0)) or (math.isinf(number) and not infinite):
         kind = f"{'a' if infinite else 'a finite'} number {'of 0 or more' if zero else 'above 0'}"
         raise ValueError(f"{name}: expected {kind}, got {value}")

@@ -8,8 +8,8 @@ from scipy.interpolate import NdBSpline, make_interp_spline
 
 from deeprelax_cuda.pde.grid import Array, Grid, Jet, check_positive
 
-#: Newton's iterations for a minimiser between the nodes; it starts within a spacing or two and doubles its digits.
-ITERATIONS = 8
+#: Newton's iterations at most, and how often one of them is shortened; three or four from near a minimum are enough.
+ITERATIONS, SHORTENED = 40, 6
 
 
 def moreau_envelope(f: ArrayLike, grid: Grid, t: float) -> Jet:
@@ -19,9 +19,10 @@ def moreau_envelope(f: ArrayLike, grid: Grid, t: float) -> Jet:
         u_t = -|grad u|^2/2,  u(x, 0) = f(x)
         grad u = p = (x - y)/t = grad f(x - t p),  Hess u = f''(y) (I + t f''(y))^-1       at the minimiser y
 
-    `lower_envelope` finds the node nearest to the minimiser, and Newton's iteration the minimiser itself, of the cubic spline
-    through f. Orders in the spacing: value 4, gradient 3, Hessian 2 where f is smooth; 1 for the value where the minimiser lies
-    at a kink of f. At a kink of u, where two minimisers are equally low, gradient and Hessian are those of one of them.
+    `lower_envelope` finds the lowest node, and Newton's iteration from there the minimiser y, of the cubic spline through f; of
+    the valleys that neighbouring x have chosen the lowest is kept. Orders in the spacing: value 4, gradient 3, Hessian 2 where
+    f is smooth; 1 where y lies at a kink of f. At a kink of u, where two minimisers are equally low, gradient and Hessian are
+    those of one of them.
 
     Args:
         f: values at the nodes, shape ``grid.shape``.
@@ -38,37 +39,85 @@ def moreau_envelope(f: ArrayLike, grid: Grid, t: float) -> Jet:
     """
     f = grid.check("f", f)
     t = check_positive("t", t)
-    value, index = lower_envelope(f, grid, t)
-    x = np.moveaxis(grid.nodes, 0, -1)
-    node = np.moveaxis(np.stack([axis[i] for axis, i in zip(grid.axes, index, strict=True)]), 0, -1)
-    low, high = np.array(grid.lower), np.array(grid.upper)
-    # The minimiser is within a spacing of the lowest node in each variable by itself; where variables are coupled, coarse nodes
-    # of one put it farther off in the other.
-    reach = 2.0 * max(grid.spacing)
-    spline = _Spline(f, grid)
-    unit = np.eye(grid.dimensions)
-
-    y = node
-    for _ in range(ITERATIONS):
-        slope = spline.gradient(y) + (y - x) / t
-        curvature = spline.hessian(y) + unit / t
-        held = ((y <= low) & (slope > 0.0)) | ((y >= high) & (slope < 0.0))  # by a wall
-        step = np.linalg.solve(_hold(curvature, held), np.where(held, 0.0, slope)[..., None])[..., 0]
-        before, y = y, np.clip(y - step, np.maximum(low, node - reach), np.minimum(high, node + reach))
-        if np.allclose(y, before, rtol=0.0, atol=1e-15 * np.max(high - low)):
-            break
-    refined = spline.value(y) + np.sum((x - y) ** 2, axis=-1) / (2.0 * t)
-    better = refined <= value  # not so where the spline has no minimum near the node, as at a kink
-    y = np.where(better[..., None], y, node)
-
-    beyond, slack = x - t * spline.gradient(y), 1e-12 * (high - low)  # where y would be if it could, and the rounding of that
-    held = ((y <= low) & (beyond < y - slack)) | ((y >= high) & (beyond > y + slack))
-    moves = np.linalg.inv(_hold(unit + t * spline.hessian(y), held)) * (~held)[..., None] * (~held)[..., None, :]  # dy/dx
+    _, index = lower_envelope(f, grid, t)
+    energy = _Energy(f, grid, t)
+    x = np.moveaxis(grid.nodes, 0, -1).reshape(-1, grid.dimensions)
+    start = np.stack([axis[i] for axis, i in zip(grid.axes, index, strict=True)])
+    y, value = energy.minimised(x, np.moveaxis(start, 0, -1).reshape(x.shape))
+    for axis in range(grid.dimensions):
+        for shift in (1, -1):
+            # Of two valleys about as low the nodes may tell the wrong one: so try that of a neighbour, where it is another.
+            other = np.roll(index, shift, axis + 1)
+            elsewhere = np.any(np.abs(other - index) > 2, axis=0).ravel()
+            theirs = np.moveaxis(np.roll(start, shift, axis + 1), 0, -1).reshape(x.shape)
+            found, low = energy.minimised(x[elsewhere], theirs[elsewhere])
+            better = np.flatnonzero(elsewhere)[low < value[elsewhere]]
+            y[better], value[better] = found[low < value[elsewhere]], low[low < value[elsewhere]]
+    gradient, hessian = energy.envelope(x, y)
     return Jet(
-        np.where(better, refined, value),
-        np.moveaxis((x - y) / t, -1, 0),
-        np.moveaxis((unit - moves) / t, (-2, -1), (0, 1)),
+        value.reshape(grid.shape),
+        gradient.T.reshape(-1, *grid.shape),
+        np.moveaxis(hessian, 0, -1).reshape(grid.dimensions, grid.dimensions, *grid.shape),
     )
+
+
+class _Energy:
+    """E(y; x) = f(y) + |x - y|^2/(2t) on the cubic spline through f. Points have shape (count, dimensions)."""
+
+    def __init__(self, f: Array, grid: Grid, t: float) -> None:
+        self._spline, self._t = _Spline(f, grid), t
+        self._low, self._high = np.array(grid.lower), np.array(grid.upper)
+        # Nodes that are coarse in one of two coupled variables put the minimiser that far from the lowest in the other.
+        self._reach = 2.0 * max(grid.spacing)
+        self._rounding = 16.0 * np.finfo(np.float64).eps * float(np.abs(f).max())
+        self._unit = np.eye(grid.dimensions)
+
+    def __call__(self, x: Array, y: Array) -> Array:
+        value: Array = self._spline.value(y) + np.sum((x - y) ** 2, axis=-1) / (2.0 * self._t)
+        return value
+
+    def minimised(self, x: Array, y: Array) -> tuple[Array, Array]:
+        """Return a minimum of E(.; x) that lies downhill from y, and E there, by Newton's iteration."""
+        y, value = y.copy(), self(x, y)
+        moving = np.arange(len(y))
+        for _ in range(ITERATIONS):
+            at, here = y[moving], x[moving]
+            slope = self._spline.gradient(at) + (at - here) / self._t
+            held = ((at <= self._low) & (slope > 0.0)) | ((at >= self._high) & (slope < 0.0))  # by a wall
+            curvatures, directions = np.linalg.eigh(_hold(self._spline.hessian(at) + self._unit / self._t, held))
+            curvatures = np.maximum(np.abs(curvatures), 1e-3 / self._t)  # downhill where E curves down too
+            along = np.einsum("nij,ni->nj", directions, np.where(held, 0.0, slope)) / curvatures
+            step = np.einsum("nij,nj->ni", directions, along)
+            step *= np.minimum(1.0, self._reach / np.maximum(np.linalg.norm(step, axis=1), 1e-300))[:, None]
+            bound = value[moving] + self._rounding
+            for _ in range(SHORTENED):
+                trial = np.clip(at - step, self._low, self._high)
+                level = self(here, trial)
+                step[level > bound] /= 4.0
+                if np.all(level <= bound):
+                    break
+            down = level <= bound
+            y[moving[down]], value[moving[down]] = trial[down], level[down]
+            far = np.abs(trial - at).max(axis=1) > 1e-14 * np.max(self._high - self._low)
+            moving = moving[down & far]
+            if len(moving) == 0:
+                break
+        return y, value
+
+    def envelope(self, x: Array, y: Array) -> tuple[Array, Array]:
+        """Return gradient and Hessian of the envelope at x, whose minimiser is y."""
+        p, bend = self._spline.gradient(y), self._spline.hessian(y)
+        curvature = self._unit + self._t * bend
+        width = np.max(self._high - self._low)
+        off = x - self._t * p - y  # 0 at a minimum, but for one at a wall, which stays there as x moves, or at a kink of f
+        held = np.abs(off) > 1e-10 * width
+        held[np.linalg.eigvalsh(_hold(curvature, held)).min(axis=1) <= 0.0] = True
+        free = ~held
+        inverse = np.linalg.inv(_hold(curvature, held))
+        moves = inverse * free[:, :, None] * free[:, None, :]  # dy/dx
+        any_held = held.any(axis=1)[:, None, None]
+        hessian = np.where(any_held, (self._unit - moves) / self._t, bend @ inverse)  # the same, but for rounding
+        return np.where(held, (x - y) / self._t, p), hessian
 
 
 def lower_envelope(f: ArrayLike, grid: Grid, t: float) -> tuple[Array, NDArray[np.intp]]:
@@ -93,6 +142,8 @@ def lower_envelope(f: ArrayLike, grid: Grid, t: float) -> tuple[Array, NDArray[n
     """
     value = grid.check("f", f)
     t = check_positive("t", t)
+    if not np.isfinite(np.abs(value).max() * (2.0 * t / min(grid.spacing) ** 2) * 4.0):
+        raise ValueError(f"f, t: expected f t/h^2 within float64, got f up to {np.abs(value).max():.3g}, t = {t:.3g}")
     index = np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing="ij"))
     for axis, h in enumerate(grid.spacing):
         lines = np.moveaxis(value, axis, -1)
