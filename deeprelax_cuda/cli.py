@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
@@ -41,7 +42,8 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: the program's own) and return the exit status.
 
-    0: done; 1: the sub-command found something wrong; 2: wrong options or a missing package; 130: interrupted.
+    0: done; 1: the sub-command found something wrong, or nobody read its output to the end; 2: wrong options or a missing
+    package; 130: interrupted.
     """
     top = Parser(
         prog="deeprelax",
@@ -69,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f'{parser.prog}: {package} is not installed: pip install "deeprelax_cuda[{command.extra}]"', file=sys.stderr)
         return 2
+    except BrokenPipeError:  # who reads the output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print(f"\n{parser.prog}: interrupted", file=sys.stderr)
         return 130

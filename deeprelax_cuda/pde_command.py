@@ -6,9 +6,11 @@ It stands beside the package `deeprelax_cuda.pde`, which needs numpy and scipy, 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -46,35 +48,69 @@ def run(args: argparse.Namespace) -> int:
     from deeprelax_cuda.pde.pictures import PICTURES
     from deeprelax_cuda.pde.verify import table, verify
 
+    importlib.import_module("tqdm")
+
     for option in ("device", "backend"):
         if getattr(args, option) is not None and not args.verify:
             raise UsageError(f"--{option}: needs --verify")
     folder = args.out or (None if args.verify else Path("runs") / "pde")
     device, names = _asked(args.device or "cpu", args.backend) if args.verify else (None, None)
-    try:
+    with _in(folder) as write:
         if folder:
-            folder.mkdir(parents=True, exist_ok=True)
             with _telling(len(PICTURES), args.quiet) as tell:
                 for name, picture in PICTURES.items():
                     tell(name)
                     study = picture.study()
-                    files = (folder / f"{name}{picture.suffix}", folder / f"{name}.csv")
-                    for file, content in zip(files, (picture.draw(study), csv(study.columns())), strict=True):
-                        storage.write(file, content)
-                    _say(f"{files[0]}, {files[1].name}: {study.summary()}")
+                    write(f"{name}{picture.suffix}", picture.draw(study))
+                    tables = {f"{name}{ending}.csv": csv(columns) for ending, columns in study.tables().items()}
+                    for table_name, content in tables.items():
+                        write(table_name, content)
+                    _say(f"{folder / name}{picture.suffix}, {', '.join(tables)}: {study.summary()}")
         if device is None:
             return 0
         with _telling(None, args.quiet) as tell:
             rows = verify(device, names, progress=tell)
         text = table(rows)
         _say(text)
+        write(TABLE, f"{text}\n".encode())
+        write(ROWS, strict_json(rows))
         if folder:
-            storage.write(folder / TABLE, f"{text}\n".encode())
-            storage.write(folder / ROWS, strict_json(rows))
             _say(f"{folder / TABLE}, {ROWS}")
+    return 0 if all(row.agrees for row in rows) else 1
+
+
+@contextmanager
+def _in(folder: Path | None) -> Iterator[Callable[[str, bytes], None]]:
+    """Make the folder, have it for this process, and yield what writes a file there; without a folder nothing is written.
+
+    Raises:
+        UsageError: the folder cannot be made, written to, or is another process's.
+    """
+
+    def write(name: str, content: bytes) -> None:
+        if folder is None:
+            return
+        try:
+            storage.write(folder / name, content)
+        except OSError as error:
+            raise UsageError(f"--out: {error}") from error
+
+    if folder is None:
+        yield write
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # said before any work
+        claim = storage.claimed(folder)
+        claim.__enter__()
+    except BlockingIOError:
+        raise UsageError(f"--out: another process is at work in {folder}") from None
     except OSError as error:
         raise UsageError(f"--out: {error}") from error
-    return 0 if all(row.agrees for row in rows) else 1
+    try:
+        yield write
+    finally:
+        claim.__exit__(None, None, None)
 
 
 def csv(columns: dict[str, Any]) -> bytes:
@@ -102,7 +138,7 @@ def _asked(device: str, backend: str | None) -> tuple[torch.device, list[str] | 
     try:
         place = torch.device(device)
         torch.ones(1, device=place).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise UsageError(f"--device: {device} cannot be used: {str(error).splitlines()[0]}") from error
     if backend is None:
         return place, None

@@ -104,6 +104,10 @@ def test_the_rugged_function_has_the_noise_it_names() -> None:
     noise = rugged(noise=0.5, length=0.3, seed=3).value(x) - rugged(noise=0.0).value(x)
     assert math.sqrt(np.mean(noise**2)) == pytest.approx(0.5, rel=1e-9)
     assert abs(noise.mean()) < 1e-12
-    seeds = [rugged(length=0.3, seed=seed).value(x) - rugged(noise=0.0).value(x) for seed in range(200)]
-    at_length = np.mean([np.mean(one * np.roll(one, 300)) / np.mean(one**2) for one in seeds])
-    assert at_length == pytest.approx(math.exp(-0.5), abs=0.06)
+    # Waves k of amplitude exp(-(k w l)^2/4), no constant: the correlation at l, over seeds, is that of their squares.
+    squares = np.exp(-((np.arange(1, 24) * 2.0 * math.pi / 8.0 * 0.3) ** 2) / 2.0)
+    want = np.average(np.cos(np.arange(1, 24) * 2.0 * math.pi / 8.0 * 0.3), weights=squares)
+    assert want == pytest.approx(math.exp(-0.5), abs=0.05)
+    waves = [rugged(length=0.3, seed=seed).value(x) - rugged(noise=0.0).value(x) for seed in range(400)]
+    at_length = np.sum([one @ np.roll(one, 300) for one in waves]) / np.sum([one @ one for one in waves])
+    assert at_length == pytest.approx(want, abs=0.03)

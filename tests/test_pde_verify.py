@@ -100,6 +100,16 @@ def test_standard_errors_are_those_of_the_means(monkeypatch: Patch) -> None:
     assert 0.7 < math.sqrt(np.mean(np.square(scores))) < 1.35
 
 
+def test_errors_are_relative_to_the_gradient_of_their_own_anchor() -> None:
+    """A small gradient that is off by 1e-5 of itself is wrong, however large the others are."""
+    compared = verify._Compared.of(FEWER[0], METHODS["HamiltonJacobi"])
+    estimate = compared.relaxed[:, :, None].copy()
+    smallest = np.abs(compared.relaxed[0]).argmin()
+    assert compared.row(FEWER[0], "HamiltonJacobi", "cpu", estimate, None).agrees
+    estimate[0, smallest] *= 1.0 + 1e-5
+    assert not compared.row(FEWER[0], "HamiltonJacobi", "cpu", estimate, None).agrees
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.landscape.name)
 def test_the_fixed_point_contracts_everywhere(case: Case) -> None:
     """gamma*Lip(grad f) < 1 on the box, by second differences of f; so its minimiser is one and the limit of the iteration."""

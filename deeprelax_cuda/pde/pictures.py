@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from io import BytesIO
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import rc_context, rcdefaults, rcParams
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -51,6 +52,15 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
+@contextmanager
+def _style() -> Iterator[None]:
+    """Draw as a fresh matplotlib would, whatever the user's own settings, in larger type."""
+    with rc_context():
+        rcdefaults()
+        rcParams.update(FONT)
+        yield
+
+
 def _bare(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -60,10 +70,10 @@ def _label(axes: Axes, text: str, at: tuple[float, float], away: tuple[float, fl
     axes.annotate(text, at, away, textcoords="offset points", **style)
 
 
-def draw_relaxations(study: Relaxations) -> bytes:
-    """Draw f and its relaxations, a panel for each time, with their lowest points marked; return a PNG."""
+def draw_relaxations(study: Relaxations) -> Figure:
+    """Draw f and its relaxations, a panel for each time, with their lowest points marked."""
     x = study.grid.axes[0]
-    with rc_context(FONT):
+    with _style():
         figure = _figure(13.0, 5.4)
         panels = figure.subplots(1, len(study.times), sharey=True)
         for i, (axes, t) in enumerate(zip(panels, study.times, strict=True)):
@@ -82,16 +92,16 @@ def draw_relaxations(study: Relaxations) -> bytes:
             "The Moreau envelope keeps the lowest point, local entropy is smooth, heat only blurs"
             f"   (β = {study.beta:g}; dots: lowest points)"
         )
-        return _png(figure)
+        return figure
 
 
-def draw_plane(study: Plane) -> bytes:
-    """Draw f and its local entropy as contours and as surfaces, with their minima; return a PNG."""
+def draw_plane(study: Plane) -> Figure:
+    """Draw f and its local entropy as contours and as surfaces, with their minima."""
     x, y = study.grid.nodes
     low, high = float(study.f.min()), float(study.f.max())
-    ticks = {"xlabel": "x", "ylabel": "y", "xticks": range(-2, 3), "yticks": range(-2, 3)}
+    ticks = {"xlabel": "x", "ylabel": "y", "xticks": (-1, 0, 1), "yticks": (-1, 0, 1)}
     names = ("f", f"local entropy of f, t = {study.t:g}, β = {study.beta:g}")
-    with rc_context(FONT):
+    with _style():
         figure = _figure(11.5, 10.0)
         figure.suptitle("The lowest point of f is in a narrow hole, that of its local entropy in the wide valley")
         top, bottom = figure.subfigures(2, 1, squeeze=False)[:, 0]
@@ -108,8 +118,8 @@ def draw_plane(study: Plane) -> bytes:
                 marker: dict[str, Any] = {"marker": "*", "markersize": 22} if lowest else {"marker": "o", "markersize": 10}
                 axes.plot(x[node], y[node], color=RED, markeredgecolor="white", **marker)
                 text = f"{kind}\n{_number(u[node])}{', lowest' if lowest else ''}"
-                box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "boxstyle": "round,pad=0.2"}
-                _label(axes, text, (x[node], y[node]), (0, -14), ha="center", va="top", bbox=box)
+                box = {"facecolor": "white", "edgecolor": "none", "boxstyle": "round,pad=0.2"}
+                _label(axes, text, (x[node], y[node]), (0, -14), ha="center", va="top", bbox=box, zorder=10)
             axes.set(title=f"{name}: {len(by_depth)} minima", aspect="equal", **ticks)
             surface = bottom.add_subplot(1, 2, 1 + i, projection="3d")
             surface.plot_surface(x, y, u, cmap="viridis", vmin=low, vmax=high, rcount=81, ccount=81, linewidth=0)
@@ -117,13 +127,13 @@ def draw_plane(study: Plane) -> bytes:
             surface.view_init(elev=38, azim=-65)
             surface.set_box_aspect((4, 4, 2.4), zoom=1.05)
         top.colorbar(filled, ax=flats, shrink=0.9, ticks=(-1.0, -0.5, 0.0))
-        return _png(figure)
+        return figure
 
 
-def draw_steering(study: Steering) -> bytes:
-    """Draw the terminal densities of SGD and controlled SGD over the loss, and loss and effort in time; return a PNG."""
+def draw_steering(study: Steering) -> Figure:
+    """Draw the terminal densities of SGD and controlled SGD over the loss, and loss and effort in time."""
     x, s = study.grid.axes[0], study.times
-    with rc_context(FONT):
+    with _style():
         figure = _figure(13.0, 6.2)
         grid = figure.add_gridspec(2, 2, width_ratios=(1.15, 1.0))
         top = figure.add_subplot(grid[0, 0])
@@ -158,14 +168,14 @@ def draw_steering(study: Steering) -> bytes:
         for axes in (top, below, right):
             _bare(axes)
         figure.suptitle(rf"The optimal control $\alpha = \nabla u$ gains more than its effort  (β = {study.beta:g})")
-        return _png(figure)
+        return figure
 
 
-def draw_widening(study: Widening) -> bytes:
-    """Draw Moreau envelopes with their minima, and the curvatures at those against the law; return a PNG."""
+def draw_widening(study: Widening) -> Figure:
+    """Draw Moreau envelopes with their minima, and the curvatures at those against the law."""
     x, times = study.grid.axes[0], study.times
     colours = (BLUE, RED, GREEN)
-    with rc_context(FONT):
+    with _style():
         figure = _figure(13.0, 5.8)
         left, right = figure.subplots(1, 2)
         left.plot(x, study.f, color="0.8", linewidth=4, label="f")
@@ -192,18 +202,18 @@ def draw_widening(study: Widening) -> bytes:
         text = {"ha": "right", "va": "top", "color": colours[lowest]}
         _label(right, "lowest of f: stays", (times[-6], laws[lowest, -6]), (-12, -6), **text)
         right.set(xlabel="t", xlim=(0.7 * times[0], 3.0 * times[-1]), ylim=(0.05, 3e3), ylabel="curvature of u at the minimum")
-        right.set_title(f"lines: λ/(1 + tλ);  dots: from the solver's Hessian,\nat most {100.0 * study.error():.1g} % away")
+        right.set_title(f"lines: λ/(1 + tλ);  dots: from the solver's Hessian,\nat most {100.0 * study.error():.2g} % away")
         for axes in (left, right):
             _bare(axes)
         figure.suptitle("The Moreau envelope widens minima")
-        return _png(figure)
+        return figure
 
 
 def animate(study: Relaxations) -> bytes:
     """Draw the viscous and the non-viscous relaxation over f, a frame for each time; return a GIF that loops."""
     x = study.grid.axes[0]
     frames = []
-    with rc_context(FONT):
+    with _style():
         figure = _figure(7.2, 4.8)
         axes = figure.subplots()
         axes.plot(x, study.f, **LINES["f"])
@@ -216,7 +226,7 @@ def animate(study: Relaxations) -> bytes:
         for i, t in enumerate(study.times):
             for line, relaxed in zip(moving, study.relaxed.values(), strict=True):
                 line.set_ydata(relaxed[i])
-            clock.set_text(f"t = {t:.3f}")
+            clock.set_text(f"t = {t:.4f}")
             frames.append(_image(figure))
             figure.set_layout_engine("none")  # after the first frame all stays where it is
     return _gif(frames)
@@ -224,7 +234,7 @@ def animate(study: Relaxations) -> bytes:
 
 def _image(figure: Figure) -> Image.Image:
     file = BytesIO()
-    figure.savefig(file, format="png")
+    figure.savefig(file, format="png", dpi=100)
     return Image.open(file).convert("RGB")
 
 
@@ -243,9 +253,12 @@ def _number(value: float) -> str:
     return f"{value:.2f}".replace("-", "\N{MINUS SIGN}")
 
 
-def _png(figure: Figure) -> bytes:
+def png(draw: Callable[[Any], Figure], study: Study) -> bytes:
+    """Return what ``draw`` makes of a study as the content of a PNG file."""
     file = BytesIO()
-    figure.savefig(file, format="png", dpi=DPI)
+    figure = draw(study)
+    with _style():
+        figure.savefig(file, format="png", dpi=DPI)
     return file.getvalue()
 
 
@@ -259,10 +272,18 @@ class Picture(NamedTuple):
 
 #: By the name of the file.
 PICTURES = {
-    "relaxations-1d": Picture(".png", partial(relaxations, times=(0.03, 0.1, 0.3), beta=1.0, points=1025), draw_relaxations),
-    "landscape-2d": Picture(".png", partial(plane, t=0.3, beta=4.0, points=161), draw_plane),
-    "control": Picture(".png", partial(steering, duration=1.0, beta=3.0, start=-1.5, points=513, steps=400), draw_steering),
-    "widening": Picture(".png", partial(widening, times=np.geomspace(1e-4, 10.0, 41), points=4097), draw_widening),
+    "relaxations-1d": Picture(
+        ".png", partial(relaxations, times=(0.03, 0.1, 0.3), beta=1.0, points=1025), partial(png, draw_relaxations)
+    ),
+    "landscape-2d": Picture(".png", partial(plane, t=0.3, beta=4.0, points=141), partial(png, draw_plane)),
+    "control": Picture(
+        ".png",
+        partial(steering, duration=1.0, beta=3.0, start=-1.5, points=2049, steps=1600, every=4),
+        partial(png, draw_steering),
+    ),
+    "widening": Picture(
+        ".png", partial(widening, times=np.geomspace(1e-4, 10.0, 41), points=4097), partial(png, draw_widening)
+    ),
     "relaxation": Picture(
         ".gif",
         partial(
@@ -270,7 +291,7 @@ PICTURES = {
             times=(0.0, *np.geomspace(1e-3, 1.0, 71).tolist()),
             beta=1.0,
             names=("local_entropy", "moreau_envelope"),
-            points=513,
+            points=641,
         ),
         animate,
     ),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,14 +22,20 @@ from deeprelax_cuda.pde.moreau_envelope import moreau_envelope
 Columns = dict[str, Array]
 
 
-class Study(Protocol):
+class Study(ABC):
     """What a picture is drawn from."""
 
+    @abstractmethod
     def columns(self) -> Columns:
         """The numbers, as a table."""
 
+    @abstractmethod
     def summary(self) -> str:
         """What the numbers show, in a line."""
+
+    def tables(self) -> dict[str, Columns]:
+        """All tables, by what is added to the name of the picture."""
+        return {"": self.columns()}
 
 
 def minima(values: ArrayLike, grid: Grid) -> tuple[NDArray[np.intp], ...]:
@@ -53,7 +59,7 @@ RELAXATIONS: dict[str, Callable[[Array, Grid, float, float], Jet]] = {
 
 
 @dataclass(frozen=True)
-class Relaxations:
+class Relaxations(Study):
     """A function of one variable and what it is relaxed to.
 
     Attributes:
@@ -72,6 +78,7 @@ class Relaxations:
         """A row for each time and node."""
         count = len(self.times)
         columns = {
+            "beta": np.full(count * len(self.f), self.beta),
             "t": np.repeat(self.times, len(self.f)),
             "x": np.tile(self.grid.axes[0], count),
             "f": np.tile(self.f, count),
@@ -96,7 +103,7 @@ def relaxations(times: Sequence[float], beta: float, names: Sequence[str] = tupl
 
 
 @dataclass(frozen=True)
-class Plane:
+class Plane(Study):
     """A function of two variables and its local entropy, shape ``grid.shape``."""
 
     grid: Grid
@@ -108,7 +115,8 @@ class Plane:
     def columns(self) -> Columns:
         """A row for each node, with whether f and u have a minimum there (1) or not (0)."""
         x, y = self.grid.nodes
-        columns = {"x": x.ravel(), "y": y.ravel()}
+        columns = {name: np.full(x.size, value) for name, value in (("beta", self.beta), ("t", self.t))}
+        columns |= {"x": x.ravel(), "y": y.ravel()}
         for name, values in (("f", self.f), ("local_entropy", self.local_entropy)):
             minimum = np.zeros(self.grid.shape)
             minimum[minima(values, self.grid)] = 1.0
@@ -126,7 +134,7 @@ class Plane:
 
 def plane(t: float, beta: float, *, points: int) -> Plane:
     """Relax a landscape with a wide valley, a narrow hole that is deeper, and ripples."""
-    grid = Grid((-2.0, -2.0), (2.0, 2.0), (points, points))
+    grid = Grid((-1.75, -1.75), (1.75, 1.75), (points, points))  # walls on ridges of the ripples
     f = valleys([(-0.5, 0.25), (1.0, -1.0)], depths=[1.0, 1.3], widths=[0.6, 0.13], ripple=0.1, length=0.5).on(grid)
     return Plane(grid, t, beta, f, local_entropy(f, grid, t, beta).value)
 
@@ -135,7 +143,7 @@ def plane(t: float, beta: float, *, points: int) -> Plane:
 
 
 @dataclass(frozen=True)
-class Steering:
+class Steering(Study):
     """SGD's SDE on a loss V from one start, and the same under its optimal control.
 
     Attributes:
@@ -163,6 +171,7 @@ class Steering:
         """A row for each time and node."""
         n = len(self.loss)
         return {
+            "beta": np.full(n * len(self.times), self.beta),
             "s": np.repeat(self.times, n),
             "x": np.tile(self.grid.axes[0], len(self.times)),
             "V": np.tile(self.loss, len(self.times)),
@@ -176,13 +185,15 @@ class Steering:
 
     def summary(self) -> str:
         sgd, controlled, effort = self.loss_of_sgd[-1], self.loss_of_controlled[-1], self.effort[-1]
-        return f"E V of SGD {sgd:.3f}, of controlled SGD {controlled:.3f} + effort {effort:.3f} = {controlled + effort:.3f}"
+        return f"E V of SGD {sgd:.2f}, of controlled SGD {controlled:.2f} + effort {effort:.2f} = {controlled + effort:.2f}"
 
 
-def steering(duration: float, beta: float, start: float, *, points: int, steps: int, shown: int = 40) -> Steering:
+def steering(
+    duration: float, beta: float, start: float, *, points: int, steps: int, shown: int = 40, every: int = 1
+) -> Steering:
     """Run dx = -grad V ds - alpha ds + beta^(-1/2) dW for a rugged V, with alpha = 0 and with the optimal alpha.
 
-    ``shown`` times after s = 0 are kept of the ``steps``.
+    Kept are ``shown`` of the steps and each ``every``-th of the points, which are 1 more than a multiple of that.
     """
     grid = Grid(-2.5, 2.5, points)
     landscape = rugged(ripple=0.6, noise=0.2, seed=7)
@@ -194,8 +205,19 @@ def steering(duration: float, beta: float, start: float, *, points: int, steps: 
     effort = np.concatenate([[0.0], np.cumsum(power[1:])]) * (duration / steps)
     sgd, controlled = made.uncontrolled[at], made.controlled[at]
     mean = grid.weights * loss
+    kept = slice(None, None, every)
     return Steering(
-        grid, beta, start, made.times[at], loss, sgd, controlled, made.alpha[at, 0], sgd @ mean, controlled @ mean, effort[at]
+        grid=Grid(grid.lower, grid.upper, len(loss[kept])),
+        beta=beta,
+        start=start,
+        times=made.times[at],
+        loss=loss[kept],
+        sgd=sgd[:, kept],
+        controlled=controlled[:, kept],
+        alpha=made.alpha[at, 0][:, kept],
+        loss_of_sgd=sgd @ mean,
+        loss_of_controlled=controlled @ mean,
+        effort=effort[at],
     )
 
 
@@ -203,7 +225,7 @@ def steering(duration: float, beta: float, start: float, *, points: int, steps: 
 
 
 @dataclass(frozen=True)
-class Widening:
+class Widening(Study):
     """Minima of a function and of its Moreau envelopes.
 
     Attributes:
@@ -239,7 +261,15 @@ class Widening:
             "t": self.times[time],
             "curvature": self.curvatures[there],
             "lambda/(1+t*lambda)": self.predicted()[there],
+            "end": self.ends[minimum],
         }
+
+    def tables(self) -> dict[str, Columns]:
+        """Beside the minima, f and its envelopes: a row for each time and node."""
+        count, n = self.envelopes.shape
+        lines = {"t": np.repeat(self.times, n), "x": np.tile(self.grid.axes[0], count), "f": np.tile(self.f, count)}
+        shown = {name: line.reshape(count, n)[::5, ::4].ravel() for name, line in (lines | {"u": self.envelopes}).items()}
+        return {"": self.columns(), "-envelopes": shown}
 
     def error(self) -> float:
         """The largest relative error of a curvature."""
@@ -247,7 +277,7 @@ class Widening:
 
     def summary(self) -> str:
         ends = ", ".join(f"{end:.3g}" for end in np.sort(self.ends[np.isfinite(self.ends)]))
-        law = f"curvatures are within {100.0 * self.error():.1g} % of lambda/(1 + t lambda)"
+        law = f"curvatures are within {100.0 * self.error():.2g} % of lambda/(1 + t lambda)"
         return f"{law}; the lowest minimum of f stays, the others go at t = {ends}"
 
 
