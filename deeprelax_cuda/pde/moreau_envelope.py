@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.interpolate import NdBSpline, make_interp_spline
@@ -142,7 +144,7 @@ def lower_envelope(f: ArrayLike, grid: Grid, t: float) -> tuple[Array, NDArray[n
     """
     value = grid.check("f", f)
     t = check_positive("t", t)
-    if not np.isfinite(np.abs(value).max() * (2.0 * t / min(grid.spacing) ** 2) * 4.0):
+    if not math.isfinite(float(np.abs(value).max()) * (2.0 * t / min(grid.spacing) ** 2) * 4.0):
         raise ValueError(f"f, t: expected f t/h^2 within float64, got f up to {np.abs(value).max():.3g}, t = {t:.3g}")
     index = np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing="ij"))
     for axis, h in enumerate(grid.spacing):
