@@ -40,6 +40,7 @@ def residual(solve: Callable[[float], Jet], equation: Callable[[Jet], np.ndarray
 # ---- each solver solves its equation -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_local_entropy_solves_the_viscous_hamilton_jacobi_equation(name: str) -> None:
     """u_t = -|grad u|^2/2 + Lap u/(2 beta); the terms are of the order of 1 and more."""

@@ -62,6 +62,7 @@ def quick() -> tuple[list[Row], list[str]]:
     return verify.verify(quick=True, progress=said.append, cases=FEWER), said
 
 
+@pytest.mark.slow
 def test_the_estimates_agree_on_every_backend(quick: tuple[list[Row], list[str]]) -> None:
     rows, said = quick
     names = backends.available("cpu")
@@ -72,6 +73,7 @@ def test_the_estimates_agree_on_every_backend(quick: tuple[list[Row], list[str]]
     assert [row.same_bits for row in rows] == [None, *[True] * (len(names) - 1)] * (len(asked) // len(names))
 
 
+@pytest.mark.slow
 def test_the_bound_excludes_other_gradients(quick: tuple[list[Row], list[str]]) -> None:
     """Even the quick one tells grad u from grad f, and from grad u at another temperature."""
     for row in quick[0]:
@@ -139,6 +141,7 @@ def exact_means(case: Case, inner_lr: float, steps: int) -> np.ndarray:
     return means
 
 
+@pytest.mark.slow
 def test_the_estimate_of_entropy_sgd_is_right_but_for_chance() -> None:
     """What transient and Euler's steps leave is below half a standard error; without either remedy it is far more."""
     case, steps = RUGGED, RUGGED.inner_steps
