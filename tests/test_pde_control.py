@@ -139,6 +139,7 @@ def test_the_wrong_pair_has_the_moments_of_its_closed_form() -> None:
 # ---- What an alpha costs -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_case
 def test_the_optimal_cost_is_the_value_at_the_start(name: str) -> None:
     """E V + effort = E u(x, duration), with a gap that falls as h."""
@@ -178,6 +179,7 @@ def test_another_control_costs_more_by_the_square_of_its_distance() -> None:
         assert abs(gaps[-1]) < 0.03 * excesses[-1], (gaps, excesses)
 
 
+@pytest.mark.slow
 def test_paths_of_the_sde_have_these_costs() -> None:
     """Simulated with noise beta^(-1/2) dW, by as many Euler-Maruyama steps; within 4 standard errors and the order of both."""
     case, paths = CASES["rugged"], 10_000

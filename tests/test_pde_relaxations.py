@@ -203,6 +203,7 @@ def test_two_narrow_valleys_far_apart_are_both_found() -> None:
     assert jet.hessian[0, 0, at] == pytest.approx(1.0 / t - variance / (temperature * t**2), rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1e-4, 1e-8])
 def test_a_curved_valley_of_two_variables(temperature: float) -> None:
     """The mean of y bends with x: u is the envelope all the same, but for T, and nowhere more curved than 1/t."""
@@ -332,6 +333,7 @@ def test_a_kink_of_f_is_found_between_its_neighbours() -> None:
     assert np.all(np.array(bounds[-1]) < [0.002, 0.02])
 
 
+@pytest.mark.slow
 def test_the_envelope_near_a_tie_of_two_valleys() -> None:
     """The nodes may tell the wrong one of two valleys as the lower; over many tilts the value is of order 4 all the same."""
     worst_of, t = [], 0.8

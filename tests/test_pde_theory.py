@@ -113,6 +113,7 @@ def test_heat_does_not_bound_curvature_so() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", [1.0, 20.0])
 def test_in_more_dimensions_the_laplacian_is_bounded(beta: float) -> None:
     """Lap u <= 1/(1/C_L + t/d), C_L the largest Laplacian of f."""

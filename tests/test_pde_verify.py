@@ -224,12 +224,14 @@ def test_the_verification_can_fail(name: str, monkeypatch: Patch) -> None:
     assert not is_right(row, factor=1.5), verify.table([row])  # by far, not by chance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_so_it_does_not_fail_without_a_mutant(method: str, monkeypatch: Patch) -> None:
     (row,) = rows_of(LITTLE, method, monkeypatch)
     assert is_right(row), verify.table([row])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_other_bits_do_not_agree(method: str, monkeypatch: Patch) -> None:
     """A second backend whose estimates are as good, but others."""
