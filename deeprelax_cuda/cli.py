@@ -7,9 +7,12 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from deeprelax_cuda import __version__
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Command(NamedTuple):
@@ -37,6 +40,20 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def check_device(device: torch.device) -> None:
+    """Refuse a device that cannot be computed on here.
+
+    Raises:
+        UsageError: it names ``--device``.
+    """
+    import torch
+
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:  # by the kind of device
+        raise UsageError(f"--device: {device} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

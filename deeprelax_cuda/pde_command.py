@@ -12,7 +12,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from deeprelax_cuda import backends, storage
-from deeprelax_cuda.cli import UsageError
+from deeprelax_cuda.cli import UsageError, check_device
 
 if TYPE_CHECKING:
     from deeprelax_cuda.pde.verify import Row
@@ -95,22 +95,17 @@ def _in(folder: Path | None) -> Iterator[Callable[[str, bytes], None]]:
         except OSError as error:
             raise UsageError(f"--out: {error}") from error
 
-    if folder is None:
+    with ExitStack() as claims:
+        if folder is not None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()  # what cannot be written is said before any work
+                claims.enter_context(storage.claimed(folder))
+            except BlockingIOError:
+                raise UsageError(f"--out: another process is at work in {folder}") from None
+            except OSError as error:
+                raise UsageError(f"--out: {error}") from error
         yield write
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()  # said before any work
-        claim = storage.claimed(folder)
-        claim.__enter__()
-    except BlockingIOError:
-        raise UsageError(f"--out: another process is at work in {folder}") from None
-    except OSError as error:
-        raise UsageError(f"--out: {error}") from error
-    try:
-        yield write
-    finally:
-        claim.__exit__(None, None, None)
 
 
 def csv(columns: dict[str, Any]) -> bytes:
@@ -137,9 +132,9 @@ def _asked(device: str, backend: str | None) -> tuple[torch.device, list[str] | 
     """
     try:
         place = torch.device(device)
-        torch.ones(1, device=place).item()
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+    except RuntimeError as error:
         raise UsageError(f"--device: {device} cannot be used: {str(error).splitlines()[0]}") from error
+    check_device(place)
     if backend is None:
         return place, None
     try:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from deeprelax_cuda import backends, storage
-from deeprelax_cuda.cli import UsageError
+from deeprelax_cuda.cli import UsageError, check_device
 from deeprelax_cuda.machine import versions
 from deeprelax_cuda.noise import check_seed
 from deeprelax_cuda.train import checkpoint
@@ -239,10 +239,7 @@ def _prepare(device: torch.device, threads: int) -> None:
     torch.set_num_threads(threads)
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # read when the device is first used
-    try:
-        torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"--device: {device} cannot be used: {str(error).splitlines()[0]}") from error
+    check_device(device)
     if device.type == "cuda":
         torch.use_deterministic_algorithms(True, warn_only=True)
 
