@@ -26,7 +26,7 @@ pytest.importorskip("tqdm")
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.colors import to_rgb  # noqa: E402
 
-from deeprelax_cuda import pde_command  # noqa: E402
+from deeprelax_cuda import pde_command, storage  # noqa: E402
 from deeprelax_cuda.cli import main  # noqa: E402
 from deeprelax_cuda.colours import COLOURS  # noqa: E402
 from deeprelax_cuda.pde import (  # noqa: E402
@@ -517,12 +517,20 @@ def test_a_terminal_has_a_bar_that_is_gone_at_the_end(
     assert "E V of SGD" in said.out
 
 
+def test_a_folder_is_one_command_s_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with storage.claimed(tmp_path), pytest.raises(SystemExit):
+        main(["pde", "--out", str(tmp_path)])
+    assert capsys.readouterr().err.startswith(f"deeprelax pde: --out: another process is at work in {tmp_path}")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--device", "cpu"], "--device: needs --verify"),
         (["--backend", "eager"], "--backend: needs --verify"),
         (["--verify", "--device", "moon"], "--device: moon cannot be used: "),
+        (["--verify", "--device", "hpu"], "--device: hpu cannot be used: "),  # torch looks for a module of that name
         (["--verify", "--backend", "none"], '--backend: backend="none": expected one of '),
         (["--out", "file"], "--out: "),
         (["--out", "file/below"], "--out: "),
