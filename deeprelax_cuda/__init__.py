@@ -5,13 +5,16 @@ from deeprelax_cuda.batch_norm import recalibrate_batch_norm
 from deeprelax_cuda.functional import OuterStep
 from deeprelax_cuda.noise import derive_seed
 from deeprelax_cuda.optim import SGLD, EntropySGD, HamiltonJacobi, HeatSGD
+from deeprelax_cuda.replicas import ElasticSGD, Parle
 
 __all__ = [
     "SGLD",
+    "ElasticSGD",
     "EntropySGD",
     "HamiltonJacobi",
     "HeatSGD",
     "OuterStep",
+    "Parle",
     "backends",
     "derive_seed",
     "functional",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 from collections.abc import Callable
@@ -15,23 +16,20 @@ from torch.optim.optimizer import ParamsT
 
 from deeprelax_cuda import backends
 from deeprelax_cuda.clock import Clock, follows
-from deeprelax_cuda.noise import check_seed, check_step
+from deeprelax_cuda.noise import check_step
 from deeprelax_cuda.optim import captures
 from deeprelax_cuda.optim.clocks import Clocks, counts_in_numbers, device_of, in_numbers
 from deeprelax_cuda.optim.describe import describe
 from deeprelax_cuda.optim.launches import Call, Launch, Launches, Needs
 from deeprelax_cuda.optim.method import Method
 from deeprelax_cuda.optim.options import (
-    ABSENT,
     check_absent,
-    check_gamma_rule,
     check_number,
     resolve_seed,
     select_backend,
     warn_user,
 )
 from deeprelax_cuda.optim.rehearsal import rehearse
-from deeprelax_cuda.optim.scoping import gamma_of
 from deeprelax_cuda.optim.watched import watched
 from deeprelax_cuda.optim.weights import CONTRACT_VERSION
 from deeprelax_cuda.steps import Scalars, check_rounding, round_scalar
@@ -40,8 +38,8 @@ from deeprelax_cuda.steps import Scalars, check_rounding, round_scalar
 COUNTERS = ("step", "position", "outer_steps")
 #: What the numbers that a law gives are called in errors.
 NAMES = {
-    "outer": {"k": "1/gamma", "c": "gamma", "s": "sqrt(gamma*temperature)", "lr": "lr"},
-    "inner": {"k": "1/gamma", "eta": "lr", "s": "sqrt(2*lr*temperature)"},
+    "outer": {"k": "1/{width}", "c": "{width}", "s": "sqrt({width}*temperature)", "lr": "lr"},
+    "inner": {"k": "1/{width}", "eta": "lr", "s": "sqrt(2*lr*temperature)"},
 }
 
 
@@ -54,8 +52,7 @@ class RelaxationOptimizer(Method):
 
     def __init__(self, params: ParamsT, options: dict[str, Any]) -> None:
         self._forget()
-        absent = {name: ABSENT[name] for name in self.WITHOUT}
-        super().__init__(params, {**absent, **options, "seed": resolve_seed(options["seed"])})
+        super().__init__(params, {**self.WITHOUT, **options, "seed": resolve_seed(options["seed"])})
         lr = min(float(group["lr"]) for group in self.param_groups)
         if lr < self.SMALLEST_USEFUL_LR:
             warn_user(f"lr={lr:g} hardly moves the anchor: lr is {self.LR}")
@@ -94,10 +91,11 @@ class RelaxationOptimizer(Method):
             train_mode=first["train_mode"] if first else True,
             method=self.METHOD,
             contract_version=CONTRACT_VERSION,
-            initial_gamma=float(group["gamma"]),
-            initial_inner_lr=float(group.get("inner_lr", 0.0)),
+            **self._initial_values(group),
         )
-        param_group["gamma"] = gamma_of({**group, **param_group})
+        for name, value in group.items():
+            param_group.setdefault(name, value)
+        self._follow_rules(param_group)
         super().add_param_group(param_group)
         if group["capturable"]:
             self._clocks.settle(self.param_groups)
@@ -187,7 +185,7 @@ class RelaxationOptimizer(Method):
         captures.check_launches(self, launches)
         scalars = [self._scalars(launch.call, outer) for launch in launches]
         for group in self.param_groups if outer else ():
-            check_gamma_rule(group)
+            self._check_rules(group)
         phantom = self._is_phantom(launches)
         if clocked and not phantom:
             self._clocks.settle(self.param_groups)
@@ -201,18 +199,21 @@ class RelaxationOptimizer(Method):
         if not self._has_stepped:
             if first["step"] == 0:  # weights may have been loaded since a phantom step made the state
                 self.reset_anchors_()
-            self._has_stepped = True
             self._judge()
         self._observe(launches)
-        clocks = self._make_clocks(launches) if clocked else [None] * len(launches)
-        for launch, numbers, clock in zip(launches, scalars, clocks, strict=True):
-            launch.call.plan.run(launch.grads, numbers, addresses=launch.addresses, clock=clock)
-            torch.autograd.graph.increment_version(launch.call.bucket.params)
+        self._run(launches, scalars, self._make_clocks(launches) if clocked else None)
+        self._has_stepped = True
         if clocked:
             self._start_period_on_device()
         else:
             self._count(launches, outer)
         return True
+
+    def _run(self, launches: list[Launch], scalars: list[Scalars], clocks: list[Clock] | None) -> None:
+        """Take the step; nothing is counted yet."""
+        for launch, numbers, clock in zip(launches, scalars, clocks or itertools.repeat(None), strict=False):
+            launch.call.plan.run(launch.grads, numbers, addresses=launch.addresses, clock=clock)
+            torch.autograd.graph.increment_version(launch.call.bucket.params)
 
     @property
     def at_outer_boundary(self) -> bool:
@@ -329,15 +330,17 @@ class RelaxationOptimizer(Method):
         group, dtype, clocked = self.param_groups[call.bucket.group], call.bucket.dtype, self.param_groups[0]["capturable"]
         law, family = self._law(group), call.needs.family
         mu_o = round_scalar("momentum", group["momentum"], dtype)
-        numbers: dict[str, Any] = self._inner_scalars(group, dtype)
+        numbers: dict[str, Any] = self._own_scalars(group, dtype)
         if not clocked:
-            gamma = float(group["gamma"])
-            if not gamma > 0.0:
-                raise ValueError(f"gamma: expected a number above 0, got {gamma}; gamma_min keeps scoping above 0")
-            if gamma == math.inf:
-                check_number("gamma", gamma, self.GAMMAS)
-            for name, value in law.numbers(gamma, float(group["lr"])).items():
-                numbers[name] = round_scalar(NAMES[law.lr][name], value, dtype)
+            width = float(group[self.WIDTH])
+            if not width > 0.0:
+                raise ValueError(
+                    f"{self.WIDTH}: expected a number above 0, got {width}; {self.WIDTH}_min keeps scoping above 0"
+                )
+            if width == math.inf:
+                check_number(self.WIDTH, width, self.GAMMAS)
+            for name, value in law.numbers(width, float(group["lr"])).items():
+                numbers[name] = round_scalar(NAMES[law.lr][name].format(width=self.WIDTH), value, dtype)
             if (count := call.count) is not None:
                 outer = outer and follows(family, count)
                 numbers["a"] = round_scalar("1 - averaging", law.weight(count, numbers.get("a", 0.0)), dtype)
@@ -350,7 +353,7 @@ class RelaxationOptimizer(Method):
             mu_o=mu_o,
             wd_o=round_scalar("outer_weight_decay", group["outer_weight_decay"], dtype),
             nesterov_o=bool(group["nesterov"]) and mu_o != 0.0,
-            seed=check_seed(group["seed"]),
+            seed=self._seed(group),
             step=0 if clocked else check_step(group["step"]),
             rounding=check_rounding(group["rounding"], dtype, "master" in call.needs.roles),
             **numbers,
@@ -366,7 +369,7 @@ class RelaxationOptimizer(Method):
             group["position"] += 1
             if outer:
                 group["outer_steps"] += 1
-                group["gamma"] = gamma_of(group)
+                self._follow_rules(group)
         if outer:
             self._start_period()
             self._judge()

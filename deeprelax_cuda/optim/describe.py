@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 WIDTH = 108
 #: How the formulas write the state of a parameter.
-SYMBOLS = {"anchor": "x", "average": "m", "gradient_average": "p", "momentum": "v", "outer_momentum": "w"}
+SYMBOLS = {"anchor": "x", "average": "m", "gradient_average": "p", "momentum": "v", "outer_momentum": "w", "consensus": "c"}
+#: What `eval` shows, by its role.
+ANSWERS = {"anchor": "the anchor x", "consensus": "the consensus c of the replicas"}
 #: What the letters stand for, where m is the average and where p is.
 LEGEND = "y live weights, x anchor (the answer), m average of y, L inner_steps, h a curvature"
 GRADIENT_LEGEND = "y live weights, x anchor (the answer), p average gradient, L inner_steps, h a curvature"
@@ -158,30 +160,37 @@ def digits_notes(
 
 def gamma_notes(group: dict[str, Any]) -> Notes:
     """Say how gamma goes on: the rule that is on, and when it ends."""
+    total = group["gamma_total"]
+    if total is None:
+        return width_notes(group, "gamma", "scoping", lambda n: gamma_after(group, n))
+    loss = group["inner_steps"] * group["initial_inner_lr"]
+    rule = f"time reversal: gamma_total={setting(total)} less {number(loss)} an outer step; gamma, scoping are ignored"
+    return width_notes(group, "gamma", "scoping", lambda n: gamma_after(group, n), rule)
+
+
+def width_notes(group: dict[str, Any], name: str, rate: str, after: Callable[[int], float], rule: str = "") -> Notes:
+    """Say how a width goes on: by the option called ``rate``, or another ``rule``, to what it is ``after`` n outer steps."""
     notes = Notes()
-    gamma, floor, scoping, total = (group[name] for name in ("gamma", "gamma_min", "scoping", "gamma_total"))
-    done, inner_steps = group["outer_steps"], group["inner_steps"]
-    fixed = scoping == 0.0 and total is None
-    reached = None if not floor or fixed else steps_until_below(lambda n: gamma_after(group, n), floor, start=done)
-    if total is not None:
-        loss = inner_steps * group["initial_inner_lr"]
-        rule = f"time reversal: gamma_total={setting(total)} less {number(loss)} an outer step; gamma, scoping are ignored"
-    elif fixed:
-        rule = "fixed: scoping=0"
-    elif gamma == math.inf:
-        rule = "fixed: there is no coupling, whatever scoping is"
-    else:
-        rule = f"halves in {number(half_life(scoping))} outer steps, ln 2/ln(1 + scoping) for scoping={setting(scoping)}"
+    width, floor, scoping, done = group[name], group[f"{name}_min"], group[rate], group["outer_steps"]
+    by_rate = not rule
+    fixed = by_rate and scoping == 0.0
+    reached = None if not floor or fixed else steps_until_below(after, floor, start=done)
+    if fixed:
+        rule = f"fixed: {rate}=0"
+    elif by_rate and width == math.inf:
+        rule = f"fixed: there is no coupling, whatever {rate} is"
+    elif by_rate:
+        rule = f"halves in {number(half_life(scoping))} outer steps, ln 2/ln(1 + {rate}) for {rate}={setting(scoping)}"
         rule += "" if floor else "; no floor"
     if reached is not None and reached > done:
-        rule += f"; at the floor gamma_min={setting(floor)} from {outer_step(reached, inner_steps)} on"
-    notes.line("gamma", number(gamma), rule)
+        rule += f"; at the floor {name}_min={setting(floor)} from {outer_step(reached, group['inner_steps'])} on"
+    notes.line(name, number(width), rule)
     at_floor = reached is not None and reached == done
-    notes.advise(at_floor, f"gamma is at its floor, gamma_min={setting(floor)}: its rule does nothing any more.")
-    notes.advise(fixed and floor > 0.0, f"gamma_min={setting(floor)} does nothing, as scoping=0.")
+    notes.advise(at_floor, f"{name} is at its floor, {name}_min={setting(floor)}: its rule does nothing any more.")
+    notes.advise(fixed and floor > 0.0, f"{name}_min={setting(floor)} does nothing, as {rate}=0.")
     notes.advise(
-        total is None and math.isfinite(gamma) and SLOWEST_HALF_LIFE < half_life(scoping) < math.inf,
-        f"scoping={setting(scoping)} does nothing: gamma halves in {number(half_life(scoping))} outer steps.",
+        by_rate and math.isfinite(width) and SLOWEST_HALF_LIFE < half_life(scoping) < math.inf,
+        f"{rate}={setting(scoping)} does nothing: {name} halves in {number(half_life(scoping))} outer steps.",
     )
     return notes
 
@@ -228,12 +237,13 @@ def _run(optimizer: RelaxationOptimizer) -> Notes:
     if length is None:
         notes.line("run", f"{first['step']:,}", "steps taken; the parameters hold y, in eval mode too")
     else:
+        answer = ANSWERS[optimizer._answer()]
         words = f"inner steps of this period taken, {first['step']:,} in all; {count(done, 'outer step')} done"
         notes.line("run", f"{position} of {length}", words)
         if not first["train_mode"]:
-            notes.line("mode", "eval", "the parameters hold the anchor x; train() brings the live weights y back")
+            notes.line("mode", "eval", f"the parameters hold {answer}; train() brings the live weights y back")
         elif position or optimizer._law(first).gamma == "variance":
-            notes.line("mode", "train", "the parameters hold the live weights y; eval() shows the anchor x")
+            notes.line("mode", "train", f"the parameters hold the live weights y; eval() shows {answer}")
         else:
             notes.line("mode", "train", "the parameters hold y = x: a period begins")
     try:
@@ -271,7 +281,7 @@ def _alike(optimizer: RelaxationOptimizer) -> list[tuple[list[int], dict[str, An
     """Return the groups, those of equal numbers as one that holds the parameters of all, with the numbers of the groups."""
     found: dict[Any, tuple[list[int], dict[str, Any]]] = {}
     for i, group in enumerate(map(in_numbers, optimizer.param_groups)):
-        names = [name for name in group if name in optimizer.defaults or name in ("initial_gamma", "initial_inner_lr")]
+        names = [name for name in group if name in optimizer.defaults or name.startswith("initial_")]
         plain = {name: float(group[name]) if isinstance(group[name], Tensor) else group[name] for name in names}
         numbers, merged = found.setdefault(tuple(sorted(plain.items())), ([], {**group, **plain, "params": []}))
         numbers.append(i)

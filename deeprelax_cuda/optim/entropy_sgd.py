@@ -5,19 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from deeprelax_cuda.optim.base import RelaxationOptimizer
-from deeprelax_cuda.optim.describe import Notes, Seen, overshoot_notes
-from deeprelax_cuda.optim.describe_langevin import divergence, langevin_notes
-from deeprelax_cuda.optim.langevin import check_langevin, langevin_roles, langevin_scalars
+from deeprelax_cuda.optim.langevin_loop import LangevinLoop
 from deeprelax_cuda.optim.options import arguments, check_count, check_number
 from deeprelax_cuda.steps import Rounding
 
 
-class EntropySGD(RelaxationOptimizer):
+class EntropySGD(LangevinLoop):
     """Entropy-SGD: gradient descent on the local entropy u of the loss f, at the width gamma and the temperature T.
 
     u(x) = -T log of the mean of exp(-f(y)/T) over y normal around x with variance gamma*T; it solves the viscous
@@ -88,7 +84,6 @@ class EntropySGD(RelaxationOptimizer):
     """
 
     METHOD: ClassVar[str] = "EntropySGD"
-    SHARED: ClassVar[tuple[str, ...]] = (*RelaxationOptimizer.SHARED, "coupling_in_momentum", "reset_inner_momentum")
 
     def __init__(
         self,
@@ -233,35 +228,3 @@ class EntropySGD(RelaxationOptimizer):
                     expected = f"expected the same as {inner}, as in the published code"
                     raise ValueError(f"{outer}: {expected}, got {group[outer]!r} and {group[inner]!r} in group {i}")
         return optimizer
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        check_langevin(group)
-
-    def _roles(self, group: dict[str, Any], dtype: torch.dtype) -> list[str]:
-        return super()._roles(group, dtype) + langevin_roles(group)
-
-    def _inner_scalars(self, group: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-        return langevin_scalars(group, dtype)
-
-    def _notes(self, group: dict[str, Any], seen: Seen) -> Notes:
-        return langevin_notes(group, seen) + super()._notes(group, seen) + overshoot_notes(group)
-
-    def _judge(self) -> None:
-        if said := divergence(enumerate(self.param_groups)):
-            self._warn_once("diverging", said)
-
-    def _start_period_on_device(self) -> None:
-        if self.param_groups[0]["reset_inner_momentum"]:
-            for group in self.param_groups:
-                starts = group["position"] == 0
-                for p in group["params"]:
-                    if "momentum" in (state := self.state.get(p, {})):
-                        state["momentum"].masked_fill_(starts, 0.0)
-
-    def _start_period(self) -> None:
-        super()._start_period()
-        if self.param_groups[0]["reset_inner_momentum"]:
-            for _, state in self._stepped():
-                if "momentum" in state:
-                    state["momentum"].zero_()

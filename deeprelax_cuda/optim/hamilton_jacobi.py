@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -89,7 +90,7 @@ class HamiltonJacobi(RelaxationOptimizer):
 
     METHOD: ClassVar[str] = "HamiltonJacobi"
     SHARED: ClassVar[tuple[str, ...]] = (*RelaxationOptimizer.SHARED, "inner", "check_contraction")
-    WITHOUT: ClassVar[tuple[str, ...]] = ("gamma_total",)
+    WITHOUT: ClassVar[Mapping[str, Any]] = {"gamma_total": None}
     GAMMAS: ClassVar[str] = "(0, inf)"
     OUTER_STEP: ClassVar[str] = "lr, the step of x along p"
     LR: ClassVar[str] = "the step along the gradient that the inner steps have found, 0.1 or so, once in inner_steps calls"
@@ -170,7 +171,7 @@ class HamiltonJacobi(RelaxationOptimizer):
         roles = super()._roles(group, dtype)
         return roles + langevin_roles(_as_langevin(group)) if group["inner"] == "prox" else roles
 
-    def _inner_scalars(self, group: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    def _own_scalars(self, group: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         self._check_inner(group)
         if group["inner"] == "prox":
             return langevin_scalars(_as_langevin(group), dtype)

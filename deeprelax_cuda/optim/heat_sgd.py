@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -63,7 +64,7 @@ class HeatSGD(RelaxationOptimizer):
     """
 
     METHOD: ClassVar[str] = "HeatSGD"
-    WITHOUT: ClassVar[tuple[str, ...]] = ("gamma_total",)
+    WITHOUT: ClassVar[Mapping[str, Any]] = {"gamma_total": None}
     GAMMAS: ClassVar[str] = "(0, inf)"
     FIRST_COUNT: ClassVar[int] = -1  # the gradient at x itself
     OUTER_STEP: ClassVar[str] = "lr, the step of x along p"
@@ -119,7 +120,7 @@ class HeatSGD(RelaxationOptimizer):
         if group["inner_steps"] < 2:
             raise ValueError("inner_steps: expected at least 2, as the first gradient is at x and does not count, got 1")
 
-    def _inner_scalars(self, group: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    def _own_scalars(self, group: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         self._check_inner(group)
         return {}
 

@@ -29,6 +29,7 @@ FIELDS = {
     "momentum": "momenta",
     "master": "masters",
     "outer_momentum": "outer_momenta",
+    "consensus": "consensus",
 }
 
 Group = dict[str, Any]
@@ -168,6 +169,7 @@ def _make_calls(
     grads: list[Tensor | None] = []
     no_state: State = {}
     names = labels()
+    streams: Counter[int] = Counter()  # of each replica: its tensors are numbered as if it were alone
     holders = Counter(id(state.get(p, no_state).get("period_steps")) for p in _params(groups))
     for number, group in enumerate(groups):
         params = group["params"]
@@ -183,11 +185,13 @@ def _make_calls(
         if outer:  # with capturable only the device knows whether it is one, and for whom
             moves = [group["capturable"] or follows(every.family, count) for count in counts]
             plays = [a or (bool(own) and b) for a, own, b in zip(inner, states, moves, strict=True)]
-        for bucket in split(number, len(grads), params, inner, plays, counts):
+        replica = group.get("replica", 0)
+        for bucket in split(number, len(grads), streams[replica], params, inner, plays, counts):
             own = [states[i - len(grads)] for i in bucket.numbers]
             own_names = [names[i] for i in bucket.numbers]
             calls.append(_make_call(bucket, group, needs(group, bucket.dtype), own, own_names, holders))
         grads += grads_here
+        streams[replica] += len(params)
     return calls, grads
 
 
@@ -207,7 +211,7 @@ def _make_call(
     lists: dict[str, Any] = {FIELDS[role]: [own[role] for own in states] for role in needs.roles if role in FIELDS}
     tensors = Tensors(
         params=bucket.params,
-        numbers=bucket.numbers,
+        numbers=bucket.streams,
         places=[Place(0, numel := max(p.numel(), 1), numel) for p in bucket.params],
         labels=labels,
         **lists,

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 
 from deeprelax_cuda.clock import COUPLED, Law
+from deeprelax_cuda.noise import check_seed
 from deeprelax_cuda.optim.describe import GRADIENT_LEGEND, LEGEND, Notes, Seen, gamma_notes, outer_notes
 from deeprelax_cuda.optim.launches import Launch
-from deeprelax_cuda.optim.options import check_loop_options
+from deeprelax_cuda.optim.options import check_gamma_rule, check_loop_options
+from deeprelax_cuda.optim.scoping import gamma_of
 from deeprelax_cuda.optim.weights import TwoWeights
 from deeprelax_cuda.steps import NARROW, Family
 
@@ -31,9 +34,11 @@ class Method(TwoWeights):
         "fused",
         "differentiable",
     )
-    #: Of the options in `options.ABSENT`, those that the method has not.
-    WITHOUT: ClassVar[tuple[str, ...]] = ()
-    #: The interval of gamma; without inf, where the formula has gamma itself and not its reciprocal.
+    #: The options of other methods that this one has not, at the values that they then have in its groups: they do nothing.
+    WITHOUT: ClassVar[Mapping[str, Any]] = {}
+    #: The width of the relaxation among the options, which the coupling of an inner step comes from.
+    WIDTH: ClassVar[str] = "gamma"
+    #: The interval of the width; without inf, where the formula has it itself and not its reciprocal.
     GAMMAS: ClassVar[str] = "(0, inf]"
     #: An lr below this leaves the anchor where it is; it is what trainers pass to other optimizers.
     SMALLEST_USEFUL_LR: ClassVar[float] = 0.01
@@ -44,8 +49,8 @@ class Method(TwoWeights):
     )
 
     @abstractmethod
-    def _inner_scalars(self, group: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-        """Return the inner step's part of `Scalars`, rounded, but for what the method's law says."""
+    def _own_scalars(self, group: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+        """Return the method's part of `Scalars`, rounded, but for what its law says."""
 
     def _family(self, group: dict[str, Any]) -> Family:
         """Return the family of the inner steps."""
@@ -54,6 +59,22 @@ class Method(TwoWeights):
     def _law(self, group: dict[str, Any]) -> Law:
         """Return what gamma, lr and the steps of a period are in the formula."""
         return COUPLED
+
+    def _seed(self, group: dict[str, Any]) -> int:
+        """Return the seed of the noise of a group's parameters."""
+        return check_seed(group["seed"])
+
+    def _initial_values(self, group: dict[str, Any]) -> dict[str, float]:
+        """Return what the rules of a new group start from."""
+        return {"initial_gamma": float(group["gamma"]), "initial_inner_lr": float(group.get("inner_lr", 0.0))}
+
+    def _check_rules(self, group: dict[str, Any]) -> None:
+        """Refuse what the values of a group could not follow at the coming outer step."""
+        check_gamma_rule(group)
+
+    def _follow_rules(self, group: dict[str, Any]) -> None:
+        """Set the values of a group that follow the count of its outer steps, and stay where no rule is on."""
+        group["gamma"] = gamma_of(group)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Refuse an option of a new group, complete with defaults, by its name; a method checks its own besides."""

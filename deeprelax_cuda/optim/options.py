@@ -6,7 +6,7 @@ import math
 import operator
 import sys
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ import torch
 from deeprelax_cuda import backends
 from deeprelax_cuda.noise import check_seed
 
-#: Options that not every method has, at the values that they then have in its groups: they do nothing.
-ABSENT: dict[str, Any] = {
+#: Options of the periods and of the outer steps, at the values that they have in the groups of a method without any.
+NO_PERIODS: dict[str, Any] = {
     "inner_steps": None,
     "scoping": 0.0,
     "gamma_min": 0.0,
@@ -28,8 +28,9 @@ ABSENT: dict[str, Any] = {
 
 
 def arguments(scope: dict[str, Any]) -> dict[str, Any]:
-    """Return the options among the ``locals()`` of a constructor, which it must not have added to."""
-    return {name: value for name, value in scope.items() if name not in ("self", "params", "__class__")}
+    """Return the options among the ``locals()`` of a constructor, which it must not have added to; not what holds tensors."""
+    held = ("self", "params", "replicas", "group", "__class__")
+    return {name: value for name, value in scope.items() if name not in held}
 
 
 def check_number(name: str, value: Any, interval: str) -> float:
@@ -70,13 +71,13 @@ def warn_user(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
-def check_loop_options(group: dict[str, Any], method: str, without: Collection[str], gammas: str) -> None:
+def check_loop_options(group: dict[str, Any], method: str, without: Mapping[str, Any], gammas: str) -> None:
     """Refuse an option of the loop that all methods share, in a group that is complete with defaults.
 
     Args:
         group: the group.
         method: its method.
-        without: those of `ABSENT` that the method has not.
+        without: the options that the method has not, and their values.
         gammas: the interval of its gamma.
     """
     check_absent(group, method, without)
@@ -100,10 +101,10 @@ def check_loop_options(group: dict[str, Any], method: str, without: Collection[s
     check_backend(group)
 
 
-def check_absent(group: dict[str, Any], method: str, without: Collection[str]) -> None:
+def check_absent(group: dict[str, Any], method: str, without: Mapping[str, Any]) -> None:
     """Refuse a value of an option that the method has not, also one that was put into the group by hand."""
-    for name in without:
-        if group[name] != ABSENT[name]:
+    for name, value in without.items():
+        if group[name] != value:
             hint = "; does a scheduler cycle it?" if name == "momentum" else ""
             raise ValueError(f"{name}: {method} has no such option, got {group[name]!r}{hint}")
 

@@ -1,4 +1,4 @@
-"""Scoping: the rule by which gamma of a group shrinks, so that the relaxed loss turns into the loss itself."""
+"""Scoping: the rules by which gamma and rho of a group shrink, so that the relaxed loss turns into the loss itself."""
 
 from __future__ import annotations
 
@@ -23,3 +23,16 @@ def rule_of(group: dict[str, Any]) -> Rule:
 def gamma_of(group: dict[str, Any]) -> float:
     """Return gamma after the group's ``outer_steps`` by the rule that is on, or the value that stands where none is."""
     return rule_of(group).gamma(int(group["outer_steps"]), float(group["gamma"]))
+
+
+def rho_of(group: dict[str, Any]) -> float:
+    """Return rho, the width of the coupling between replicas, after the group's ``outer_steps``, as `gamma_of` does gamma."""
+    rule = Rule(
+        inner_steps=int(group["inner_steps"]),
+        initial_gamma=float(group["initial_rho"]),
+        scoping=float(group["rho_scoping"]),
+        gamma_min=float(group["rho_min"]),
+        gamma_total=0.0,
+        inner_lr=0.0,
+    )
+    return rule.gamma(int(group["outer_steps"]), float(group["rho"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from deeprelax_cuda.clock import Law
 from deeprelax_cuda.optim.base import RelaxationOptimizer
 from deeprelax_cuda.optim.describe import Notes, Seen
 from deeprelax_cuda.optim.describe_sgld import sgld_notes
-from deeprelax_cuda.optim.options import ABSENT, arguments, check_number
+from deeprelax_cuda.optim.options import NO_PERIODS, arguments, check_number
 from deeprelax_cuda.steps import NARROW, Rounding
 
 
@@ -55,7 +56,7 @@ class SGLD(RelaxationOptimizer):
     """
 
     METHOD: ClassVar[str] = "SGLD"
-    WITHOUT: ClassVar[tuple[str, ...]] = tuple(ABSENT)
+    WITHOUT: ClassVar[Mapping[str, Any]] = NO_PERIODS
     SMALLEST_USEFUL_LR: ClassVar[float] = 0.0
 
     def __init__(
@@ -102,7 +103,7 @@ class SGLD(RelaxationOptimizer):
         roles = ["anchor"] if group["capturable"] or group["gamma"] != math.inf else []
         return [*roles, "master"] if group["master_weights"] and dtype in NARROW else roles
 
-    def _inner_scalars(self, group: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    def _own_scalars(self, group: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         check_number("temperature", group["temperature"], "[0, inf)")
         if not group["capturable"]:
             check_number("lr", group["lr"], "[0, inf)")

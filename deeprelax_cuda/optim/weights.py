@@ -26,8 +26,8 @@ class TwoWeights(Optimizer):
 
     State of a parameter, tensors laid out like it and of its compute type (float32, or float64 for float64):
 
-    * "anchor" ``x``, "average" ``m`` or "gradient_average" ``p``, "momentum" ``v``, "outer_momentum" ``w``, and "master", the
-      float32 ``y`` of a narrow parameter; each only where the method and its options ask for it,
+    * "anchor" ``x``, "average" ``m`` or "gradient_average" ``p``, "momentum" ``v``, "outer_momentum" ``w``, "consensus" ``c``,
+      and "master", the float32 ``y`` of a narrow parameter; each only where the method and its options ask for it,
     * "live": in eval mode, the exact copy of ``y`` in the parameter's own type,
     * "period_steps": the samples in the average of this period, where somebody has to count them: a tensor of int64 that the
       parameters of a launch share, and a plain number in a `state_dict`.
@@ -45,8 +45,9 @@ class TwoWeights(Optimizer):
         """Let the parameters hold the anchor ``x`` (rounded to nearest where they are narrow); training is not changed."""
         if not self._is_training():
             return
-        for p, state in [(p, {**state, "live": p.detach().clone()}) for p, state in self._stepped("anchor")]:
-            p.copy_(state["anchor"])
+        answer = self._answer()
+        for p, state in [(p, {**state, "live": p.detach().clone()}) for p, state in self._stepped(answer)]:
+            p.copy_(state[answer])
             self.state[p] = state
         self._set_training(False)
 
@@ -87,7 +88,7 @@ class TwoWeights(Optimizer):
         are the new live weights.
         """
         for p, state in self._stepped(*self._needed(training=True)):
-            for role in ("anchor", "live", "master"):
+            for role in ("anchor", "consensus", "live", "master"):
                 if role in state:
                     state[role].copy_(p)
             self._restart_average(state)
@@ -149,9 +150,14 @@ class TwoWeights(Optimizer):
                     shapes = f"expected the shape of its parameter, {tuple(p.shape)}, got {tuple(value.shape)}"
                     raise ValueError(f"state_dict, {key}[{label}]: {shapes}")
 
+    def _answer(self) -> str:
+        """Return the role of the answer, which `eval` shows."""
+        return "anchor"
+
     def _needed(self, training: bool) -> list[str]:
         """Return the roles without which the state of a parameter is none."""
-        return ["anchor"] if training else ["anchor", "live"]
+        roles = list(dict.fromkeys(("anchor", self._answer())))
+        return roles if training else [*roles, "live"]
 
     def _incoming_state(self, incoming: dict[str, Any]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         for ours, theirs in zip(self.param_groups, incoming["param_groups"], strict=False):  # torch refuses other lengths
@@ -217,7 +223,7 @@ FOLLOWING = ("anchor", "gradient_average", "period_steps", "master")
 def complete_state(state: dict[str, Any], p: Tensor, roles: list[str], first_count: int) -> dict[str, Any]:
     """Return the state of a parameter with all ``roles``, laid out like it: ``state`` itself where it is that already.
 
-    What is missing begins: ``x = m = y``, ``p`` and momentum buffers of zeros, "period_steps" at ``first_count``. What lies
+    What is missing begins: ``x = m = c = y``, ``p`` and momentum buffers of zeros, "period_steps" at ``first_count``. What lies
     otherwise in memory, since the parameter has been laid out anew, say by ``model.to(memory_format=...)``, is copied. What
     would be wrong when it is asked for again, because it does not follow the steps meanwhile, goes: `FOLLOWING`.
     """
@@ -228,7 +234,7 @@ def complete_state(state: dict[str, Any], p: Tensor, roles: list[str], first_cou
             continue
         if role in ("anchor", "master"):
             whole[role] = whole.get("master", p.detach()).to(compute_type(p.dtype), copy=True)
-        elif role == "average":
+        elif role in ("average", "consensus"):
             whole[role] = whole["anchor"].clone()
         elif role == "period_steps":
             whole[role] = first_count

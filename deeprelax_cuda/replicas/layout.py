@@ -1,0 +1,79 @@
+"""The tensors of a replica as one buffer of bytes, which is cut into slices, and the mean of such buffers.
+
+The mean of n replicas is ``(((t_0 + t_1) + t_2) + ...) * (1/n)``, each operation one rounding in the tensors' type, to which
+1/n is rounded once: the same bits whoever adds, and wherever the slices are cut.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from deeprelax_cuda.steps import round_scalar
+
+#: Slices begin at multiples of the widest type.
+ALIGNMENT = 8
+
+
+class Layout:
+    """Where tensors of float64 and of float32 lie in a buffer: those of float64 before the others, each in its order.
+
+    The buffer is as long as ``slices`` equal slices; what is left over at its end is 0.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], slices: int) -> None:
+        self.shapes = shapes_of(tensors)
+        order = sorted(range(len(tensors)), key=lambda i: tensors[i].dtype != torch.float64)
+        ends = list(accumulate(tensors[i].numel() * tensors[i].element_size() for i in order))
+        self._spans = {i: (begin, end) for i, begin, end in zip(order, [0, *ends], ends, strict=False)}
+        #: Bytes of the float64 part.
+        self.wide = sum(t.numel() * 8 for t in tensors if t.dtype == torch.float64)
+        self.slice_bytes = -(-(ends[-1] if ends else 0) // (slices * ALIGNMENT)) * ALIGNMENT
+        self.bytes = slices * self.slice_bytes
+
+    def new_buffer(self, device: torch.device) -> Tensor:
+        """Return a buffer of zeros."""
+        return torch.zeros(self.bytes, dtype=torch.uint8, device=device)
+
+    def views(self, buffer: Tensor) -> list[Tensor]:
+        """Return the tensors in a buffer."""
+        return [
+            buffer[slice(*self._spans[i])].view(dtype).view(shape) for i, (shape, dtype) in enumerate(self.shapes)
+        ]  # of an empty tensor too: a view of no bytes
+
+    def parts(self, buffer: Tensor, begin: int = 0) -> list[Tensor]:
+        """Return the numbers in a piece of the buffer that begins at byte ``begin``: those of float64, those of float32."""
+        wide = min(max(self.wide - begin, 0), len(buffer))
+        return [buffer[:wide].view(torch.float64), buffer[wide:].view(torch.float32)]
+
+
+def shapes_of(tensors: Sequence[Tensor]) -> list[tuple[torch.Size, torch.dtype]]:
+    """Return the shapes and types of the tensors."""
+    return [(t.shape, t.dtype) for t in tensors]
+
+
+def digest_of(shapes: Sequence[tuple[torch.Size, torch.dtype]]) -> int:
+    """Return a number of 56 bits that tells lists of shapes and types apart."""
+    text = repr([(tuple(shape), str(dtype)) for shape, dtype in shapes])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
+
+
+def is_finite(parts: Sequence[Tensor]) -> bool:
+    """Return whether all numbers are finite; a device is waited for."""
+    return all(bool(torch.isfinite(torch.stack(part.aminmax())).all()) for part in parts if part.numel())
+
+
+def add_(total: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+    """Add the numbers of one more replica."""
+    for t, part in zip(total, parts, strict=True):
+        t.add_(part)
+
+
+def divide_(total: Sequence[Tensor], count: int) -> None:
+    """Turn the sum over ``count`` replicas into their mean."""
+    for t in total:
+        t.mul_(round_scalar("1/replicas", 1.0 / count, t.dtype))
