@@ -16,7 +16,7 @@ from deeprelax_cuda.train import compare, loop  # noqa: E402
 from deeprelax_cuda.train.data import Data  # noqa: E402
 from deeprelax_cuda.train.schedules import Schedule  # noqa: E402
 
-METHODS = ("sgd", "sgd-ema", "entropy-sgd", "controlled-sgd", "hj", "hj-prox", "heat", "sgld")
+METHODS = ("sgd", "sgd-ema", "entropy-sgd", "controlled-sgd", "hj", "hj-prox", "heat", "sgld", "elastic-sgd", "parle")
 PER_EPOCH = 39  # digits: 1,257 images in full batches of 32
 TIMED = ("seconds", "parts")
 
@@ -39,9 +39,12 @@ def settings(**changes: Any) -> compare.Settings:
         "options": {},
         **changes,
     }
-    values["options"] = {method: values["options"].get(method, {}) for method in values["methods"]}
-    if "entropy-sgd" in values["options"]:  # noise, so that its bits are among those that are compared
-        values["options"]["entropy-sgd"] = {"temperature": 1e-8, **values["options"]["entropy-sgd"]}
+    values["options"] = {method: dict(values["options"].get(method, {})) for method in values["methods"]}
+    for method, own in values["options"].items():
+        if method in ("entropy-sgd", "parle"):  # noise, so that its bits are among those that are compared
+            own.setdefault("temperature", 1e-8)
+        if method in ("elastic-sgd", "parle"):
+            own.setdefault("replicas", 2)
     return compare.Settings(**values)
 
 
@@ -74,7 +77,8 @@ def rows_of(text: str) -> dict[str, list[str]]:
 def state_of(run: loop.Run) -> list[torch.Tensor]:
     """All tensors of a run: parameters, buffers, and the optimizer's state."""
     own = [value for state in run.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    return [t.detach().clone() for t in (*run.model.parameters(), *run.model.buffers(), *own)]
+    models = [t for replica in run.replicas for t in (*replica.model.parameters(), *replica.model.buffers())]
+    return [t.detach().clone() for t in (*models, *own)]
 
 
 def images(train: int = 96, val: int = 32, size: int = 8, classes: int = 10) -> Data:

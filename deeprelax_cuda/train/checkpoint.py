@@ -15,7 +15,7 @@ import torch
 from deeprelax_cuda import storage
 from deeprelax_cuda.cli import UsageError
 
-MAGIC = b"deeprelax train checkpoint 1\n"
+MAGIC = b"deeprelax train checkpoint 2\n"
 
 
 def write(path: Path, content: dict[str, Any]) -> None:

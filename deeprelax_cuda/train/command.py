@@ -10,9 +10,9 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -23,9 +23,13 @@ from deeprelax_cuda.noise import check_seed
 from deeprelax_cuda.train import checkpoint
 from deeprelax_cuda.train.data import Data, batches_per_epoch
 from deeprelax_cuda.train.datasets import DATASETS
-from deeprelax_cuda.train.methods import METHODS
+from deeprelax_cuda.train.methods import METHODS, MOST_REPLICAS, REPLICAS
 from deeprelax_cuda.train.models import MODELS
+from deeprelax_cuda.train.ranks import Alone, Broken, CommonError, joined
 from deeprelax_cuda.train.schedules import SCHEDULES, Schedule
+
+if TYPE_CHECKING:
+    from deeprelax_cuda.train.compare import Settings
 
 T = TypeVar("T")
 
@@ -73,6 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_argument(
         "--temperature", type=_number, help="of the noise of inner steps: entropy-sgd, heat, sgld each have their formula"
     )
+    options.add_argument("--replicas", type=_replicas, metavar="N", help="of elastic-sgd and parle; default: 3, or a rank each")
+    options.add_argument("--rho", type=_number, help="initial width of the coupling of replicas")
+    options.add_argument("--rho-scoping", type=_number, help="each outer step divides rho by 1 + rho-scoping")
+    options.add_argument("--rho-min", type=_number, help="floor of rho")
     options.add_argument("--ema-decay", type=_number, help="weight of the old average in sgd-ema")
     options.add_argument(
         "--set", type=_assignment, nargs="+", metavar="METHOD.OPTION=VALUE", help="any option of one method's optimizer"
@@ -99,27 +107,60 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train each method at each seed, write the results and print the table; return the exit status."""
+    rank = ""
+    try:
+        with joined() as ranks:
+            rank = f"rank {ranks.rank}: " if ranks.size > 1 else ""
+            return _train(args, ranks)
+    except CommonError:
+        raise
+    except UsageError as error:
+        if not rank:
+            raise
+        print(f"deeprelax train: {rank}{error}", file=sys.stderr)
+        return 2
+    except Broken as broken:
+        print(f"deeprelax train: {rank}{broken}", file=sys.stderr)
+        return 1
+
+
+def _train(args: argparse.Namespace, ranks: Alone) -> int:
+    """Do what `run` says, as one of the ranks."""
     # Imported here, the optional packages are not needed for --help, and a missing one is named before any work.
     from deeprelax_cuda.train import report, results
     from deeprelax_cuda.train.compare import Saver, Settings, compare, rehearse
     from deeprelax_cuda.train.loop import Curve
     from deeprelax_cuda.train.stopping import Stopped, stopping
 
-    saved: dict[str, Any] = {}
-    if args.resume:
-        saved = _saved(args)
-        with checkpoint.fitting(args.resume / CHECKPOINT):
-            settings = Settings.of(saved["settings"])
-            root = args.data_root or (saved["data_root"] and Path(saved["data_root"]))
-    else:
-        settings, root = Settings(**_settings(args)), args.data_root
-    device = torch.device(settings.device)
-    _prepare(device, settings.threads)
-    data = _load(settings.data, root, settings.batch_size).to(device, getattr(torch, settings.dtype))
-    comparison = rehearse(settings, data)
+    begun: dict[str, Any] | None = None  # of the first rank, as it is large
 
-    if args.resume:
-        folder = args.resume
+    def settle() -> tuple[Settings, Path | None, Path, dict[str, Any]]:
+        """Return settings, where the data are, the folder, and the checkpoint to go on with, but for the run that has begun."""
+        nonlocal begun
+        if args.resume:
+            folder, saved = args.resume, _saved(args)
+            with checkpoint.fitting(folder / CHECKPOINT):
+                settings = Settings.of(saved["settings"])
+        else:
+            settings = Settings(**_settings(args, ranks))
+            folder = args.out or Path("runs") / f"{settings.data}-{settings.model}-{time.strftime('%Y%m%d-%H%M%S')}"
+            saved = _left(folder, settings) if ranks.restarts else {}
+        root = args.data_root
+        if saved:
+            with checkpoint.fitting(folder / CHECKPOINT):
+                root = root or (saved["data_root"] and Path(saved["data_root"]))
+                begun = saved.pop("run")
+        _check_ranks(settings, ranks)
+        return settings, root, folder, saved
+
+    def prepare() -> Data:
+        """Return the data, on the device."""
+        device = ranks.device(settings.device)
+        _prepare(device, settings.threads)
+        return _load(settings.data, root, settings.batch_size).to(device, getattr(torch, settings.dtype))
+
+    def go_on() -> None:
+        """Bring the comparison to where it was left."""
         if comparison.versions != saved["versions"]:
             comparison.versions["begun_with"] = saved["versions"]
         if comparison.data != saved["data"]:
@@ -127,36 +168,63 @@ def run(args: argparse.Namespace) -> int:
         with checkpoint.fitting(folder / CHECKPOINT):
             for name, curves in saved["curves"].items():
                 comparison.methods[name].curves.update({seed: Curve(**curve) for seed, curve in curves.items()})
-    else:
-        folder = args.out or Path("runs") / f"{settings.data}-{settings.model}-{time.strftime('%Y%m%d-%H%M%S')}"
-    saver = Saver(folder / CHECKPOINT, interval=args.checkpoint_every, data_root=root, begun=saved.get("run"))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with storage.claimed(folder), stopping() as stop:
-            if not args.resume:
+
+    def claim() -> None:
+        """Have the folder, with a checkpoint in it."""
+        with _one_line(args, folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(storage.claimed(folder))
+            if not saved:
                 if saver.path.exists():
                     raise UsageError(f"--out: {folder} has an unfinished run: --resume {folder}, or choose another folder")
                 if (folder / results.RESULT).exists():
                     raise UsageError(f"--out: {folder} has the results of another run; choose another folder")
                 saver.save(comparison, None)
-            compare(comparison, data, quiet=args.quiet, saver=saver, check=stop.check)
+
+    def finish() -> str:
+        """Write the results, and return the table."""
+        with _one_line(args, folder):
             results.save(comparison, folder)
             text = report.write(report.report_of({folder.name: comparison}), folder)
             storage.remove(saver.path)
+        return text
+
+    settings, root, folder, saved = ranks.from_first(settle)
+    data = ranks.together(prepare)
+    if len(set(ranks.gather(data.digest))) > 1:
+        raise CommonError("--data-root: the ranks have different data")
+    comparison = rehearse(settings, data, ranks)
+    if saved:
+        ranks.together(go_on)
+    saver = Saver(folder / CHECKPOINT, interval=args.checkpoint_every, data_root=root, begun=begun, ranks=ranks)
+    try:
+        with contextlib.ExitStack() as stack:
+            stop = stack.enter_context(stopping())
+            ranks.from_first(claim)
+            with _one_line(args, folder):
+                compare(comparison, data, quiet=args.quiet, saver=saver, stop=stop, ranks=ranks)
+            text = ranks.from_first(finish)
     except Stopped as stopped:
         print(f"\ndeeprelax train: stopped by {stopped} at {stopped.where}; saved", file=sys.stderr)
-        print(f"go on with: deeprelax train --resume {shlex.quote(str(folder))}", file=sys.stderr)
+        print(f"go on with: {ranks.launcher} train --resume {shlex.quote(str(folder))}", file=sys.stderr)
         return 128 + stopped.signum
-    except BlockingIOError:
-        raise UsageError(f"{'--resume' if args.resume else '--out'}: another process is at work in {folder}") from None
-    except OSError as error:
-        raise UsageError(f"--out: {error}") from error
     files = (results.RESULT, results.SECONDS, report.TABLE, report.PICTURE)
     print(text, *(folder / file for file in files), sep="\n")
     return 0
 
 
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
+@contextlib.contextmanager
+def _one_line(args: argparse.Namespace, folder: Path) -> Iterator[None]:
+    """Say in one line why a file could not be written."""
+    try:
+        yield
+    except BlockingIOError:
+        raise UsageError(f"{'--resume' if args.resume else '--out'}: another process is at work in {folder}") from None
+    except OSError as error:
+        raise UsageError(f"--out: {error}") from error
+
+
+def _settings(args: argparse.Namespace, ranks: Alone) -> dict[str, Any]:
     """Return the fields of `Settings` that the options amount to."""
     name = args.data or "digits"
     dataset = DATASETS[name]
@@ -180,8 +248,26 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         "dtype": args.dtype or "float32",
         "device": str(device),
         "threads": args.threads or dataset.threads or torch.get_num_threads(),
-        "options": _options(args, methods, MODELS[model].options),
+        "options": _options(args, methods, {"replicas": ranks.size if ranks.size > 1 else REPLICAS, **MODELS[model].options}),
     }
+
+
+def _check_ranks(settings: Settings, ranks: Alone) -> None:
+    """Refuse what ranks cannot train, which have one replica each.
+
+    Raises:
+        UsageError: it names the option.
+    """
+    if ranks.size == 1:
+        return
+    able = " and ".join(name for name, method in METHODS.items() if method.has_replicas)
+    for name in settings.methods:
+        if not METHODS[name].has_replicas:
+            raise UsageError(f"--method: over {ranks.size} ranks only methods with replicas train, {able}; got {name}")
+        if (count := settings.options[name]["replicas"]) != ranks.size:
+            raise UsageError(f"--replicas: each of the {ranks.size} ranks has one, got {count} of {name}")
+    if settings.device not in ("cpu", "cuda"):
+        raise UsageError(f"--device: of its node each rank takes its own, expected cpu or cuda, got {settings.device}")
 
 
 def _schedule(args: argparse.Namespace, epochs: int) -> Schedule:
@@ -197,8 +283,8 @@ def _schedule(args: argparse.Namespace, epochs: int) -> Schedule:
     return Schedule(kind, drops, args.lr_factor or (0.2 if kind == "step" else 1.0))
 
 
-def _options(args: argparse.Namespace, methods: tuple[str, ...], of_model: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return each method's options: the model's, those given to all, those given to it, each before the one before it."""
+def _options(args: argparse.Namespace, methods: tuple[str, ...], defaults: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return each method's options: the defaults here, those given to all, those given to it, each before the one before it."""
     names = dict.fromkeys(name for method in METHODS.values() for name in method.options)
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     for name in given:
@@ -208,7 +294,7 @@ def _options(args: argparse.Namespace, methods: tuple[str, ...], of_model: Mappi
             raise UsageError(f"--{name.replace('_', '-')}: not an option of {' or '.join(methods)}")
     options = {}
     for method in methods:
-        options[method] = {name: value for name, value in {**of_model, **given}.items() if name in METHODS[method].options}
+        options[method] = {name: value for name, value in {**defaults, **given}.items() if name in METHODS[method].options}
     for method, name, value in args.set or ():
         if method not in methods:
             raise UsageError(f"--set: {method} is none of the methods {' '.join(methods)}")
@@ -234,6 +320,21 @@ def _saved(args: argparse.Namespace) -> dict[str, Any]:
     return saved
 
 
+def _left(folder: Path, settings: Settings) -> dict[str, Any]:
+    """Return the checkpoint that ranks with these settings left in ``folder`` when one of them failed, or an empty one."""
+    from deeprelax_cuda.train.compare import Settings
+
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return {}
+    saved = checkpoint.read(path)
+    with checkpoint.fitting(path):
+        if Settings.of(saved["settings"]) != settings:
+            return {}  # another run's, which is refused where the folder is claimed
+    print(f"deeprelax train: started again, goes on with the run in {folder}", file=sys.stderr)
+    return saved
+
+
 def _prepare(device: torch.device, threads: int) -> None:
     """Set what the bits of a run depend on beside its settings."""
     torch.set_num_threads(threads)
@@ -241,6 +342,8 @@ def _prepare(device: torch.device, threads: int) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # read when the device is first used
     check_device(device)
     if device.type == "cuda":
+        if device.index is not None:
+            torch.cuda.set_device(device)  # where NCCL takes its memory
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
@@ -266,6 +369,10 @@ def _whole(text: str, most: int) -> int:
 def _count(text: str) -> int:
     """Read a number of things; a million bounds what is held in memory for each."""
     return _whole(text, 1_000_000)
+
+
+def _replicas(text: str) -> int:
+    return _whole(text, MOST_REPLICAS)
 
 
 def _threads(text: str) -> int:

@@ -25,6 +25,9 @@ class Method(NamedTuple):
 
     make: Callable[..., Optimizer]
     options: tuple[str, ...]
+    has_replicas: bool = False
+    """Then ``make`` takes ``params`` or ``group``, or ``replicas`` and None, as the optimizer does; "replicas", their number,
+    is an option that is always given, and is not for ``make``."""
 
 
 class SGD(torch.optim.SGD):
@@ -95,11 +98,34 @@ def _sgld(
     return dr.SGLD(params, lr, temperature=temperature, seed=seed, **options)
 
 
+def _elastic_sgd(params: Iterable[nn.Parameter] | None, seed: int, steps: int, **options: Any) -> Optimizer:
+    return dr.ElasticSGD(params, seed=seed, **options)
+
+
+def _parle(params: Iterable[nn.Parameter] | None, seed: int, steps: int, **options: Any) -> Optimizer:
+    return dr.Parle(params, seed=seed, **options)
+
+
+def check_replicas(count: Any) -> int:
+    """Return the number of replicas, or refuse what is none.
+
+    Raises:
+        ValueError: it names the option.
+    """
+    if type(count) is not int or not 1 <= count <= MOST_REPLICAS:
+        raise ValueError(f"replicas: expected a whole number from 1 to {MOST_REPLICAS}, got {count!r}")
+    return count
+
+
+#: Of the methods that have several, in one process.
+REPLICAS = 3
+MOST_REPLICAS = 1024
 SGD_OPTIONS = ("lr", "momentum", "weight_decay")
 #: Of every method of this package: how its steps are computed.
 STEP_OPTIONS = ("rounding", "master_weights", "backend")
 PERIOD_OPTIONS = (*SGD_OPTIONS, "inner_steps", "gamma", "scoping", "gamma_min", *STEP_OPTIONS)
 INNER_OPTIONS = ("inner_lr", "inner_momentum")
+REPLICA_OPTIONS = ("replicas", "rho", "rho_scoping", "rho_min")
 METHODS = {
     "sgd": Method(_sgd, SGD_OPTIONS),
     "sgd-ema": Method(_averaged_sgd, (*SGD_OPTIONS, "ema_decay")),
@@ -112,6 +138,10 @@ METHODS = {
     "hj-prox": Method(_proximal, (*PERIOD_OPTIONS, *INNER_OPTIONS)),
     "heat": Method(_heat, (*PERIOD_OPTIONS, "temperature")),
     "sgld": Method(_sgld, ("lr", "weight_decay", "gamma", "temperature", *STEP_OPTIONS)),
+    "elastic-sgd": Method(_elastic_sgd, (*SGD_OPTIONS, *REPLICA_OPTIONS, "temperature", *STEP_OPTIONS), has_replicas=True),
+    "parle": Method(
+        _parle, (*PERIOD_OPTIONS, *INNER_OPTIONS, *REPLICA_OPTIONS, "gamma_total", "temperature"), has_replicas=True
+    ),
 }
 
 
