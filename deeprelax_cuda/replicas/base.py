@@ -47,11 +47,12 @@ class ReplicaOptimizer(RelaxationOptimizer):
         super().__init__(params, {**options, "replicas": self._group.size})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Go on as a copy; one of a replica over ranks has no process group, which only `copy.deepcopy` hands on."""
+        """Go on from a state; a copy of a replica over ranks has no process group, which only `copy.deepcopy` hands on."""
         super().__setstate__(state)
-        count = self.param_groups[0]["replicas"]
-        complete = {group["replica"] for group in self.param_groups} == set(range(count))
-        self._group = InProcess(count) if complete else None
+        if "_group" not in self.__dict__:  # torch loads a state_dict by this too
+            count = self.param_groups[0]["replicas"]
+            complete = {group["replica"] for group in self.param_groups} == set(range(count))
+            self._group = InProcess(count) if complete else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ReplicaOptimizer:
         other = type(self).__new__(type(self))

@@ -138,7 +138,7 @@ class OverRanks:
             _all_gather(received, own, group=self._group)
         except RuntimeError as error:
             raise RuntimeError(
-                f"replicas: the exchange after {facts.steps} steps failed, although all ranks were there when it began: "
+                f"replicas: the exchange after {facts.steps} steps failed, although all were there when it began: "
                 f"{_said(error)}. {REMEDY}"
             ) from error
         return layout.views(received)
