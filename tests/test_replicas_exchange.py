@@ -15,8 +15,9 @@ from torch import Tensor
 
 import deeprelax_cuda as dr
 from deeprelax_cuda.replicas.groups import Facts, InProcess
-from deeprelax_cuda.replicas.layout import Layout, add_, divide_, is_finite
+from deeprelax_cuda.replicas.layout import Buffer, Layout, add_, divide_
 
+CPU = torch.device("cpu")
 FACTS = Facts(steps=4, seed=1, inner_steps=5, parameters=0, finite=True)
 KINDS = st.tuples(
     st.lists(st.integers(0, 5), max_size=3).map(tuple),
@@ -29,13 +30,17 @@ def drawn(kinds: list[tuple[tuple[int, ...], torch.dtype]], seed: int) -> list[T
     return [torch.randn(shape, dtype=dtype, generator=generator) for shape, dtype in kinds]
 
 
+def filled(layout: Layout, tensors: list[Tensor]) -> Buffer:
+    buffer = Buffer(layout, CPU)
+    buffer.fill(tensors)
+    return buffer
+
+
 def by_slices(lists: list[list[Tensor]], slices: int) -> list[Tensor]:
     """The mean as ranks compute it: each adds up one slice."""
     layout = Layout(lists[0], slices)
-    buffers = [layout.new_buffer(torch.device("cpu")) for _ in lists]
-    for buffer, tensors in zip(buffers, lists, strict=True):
-        torch._foreach_copy_(layout.views(buffer), tensors)
-    whole = layout.new_buffer(torch.device("cpu"))
+    buffers = [filled(layout, tensors).bytes for tensors in lists]
+    whole = Buffer(layout, CPU).bytes
     for begin in range(0, layout.bytes, layout.slice_bytes or 1):
         piece = slice(begin, begin + layout.slice_bytes)
         own = whole[piece].copy_(buffers[0][piece])
@@ -54,16 +59,15 @@ def test_slices_hold_every_element_once(kinds: list[tuple[tuple[int, ...], torch
         torch.tensor([next(marks) for _ in range(math.prod(shape))], dtype=dtype).reshape(shape) for shape, dtype in kinds
     ]
     layout = Layout(tensors, slices)
-    buffer = layout.new_buffer(torch.device("cpu"))
-    torch._foreach_copy_(layout.views(buffer), tensors)
+    buffer = filled(layout, tensors)
     found: list[float] = []
     for j in range(slices):
         begin = j * layout.slice_bytes
-        for part in layout.parts(buffer[begin : begin + layout.slice_bytes], begin):
+        for part in layout.parts(buffer.bytes[begin : begin + layout.slice_bytes], begin):
             found += part.tolist()
     assert sorted(value for value in found if value) == list(range(1, count + 1))
     assert len(found) - count < 2 * slices + 1, "more than the padding"
-    assert all(torch.equal(a, b) for a, b in zip(layout.views(buffer), tensors, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(buffer.tensors, tensors, strict=True))
 
 
 @settings(max_examples=100, deadline=None)
@@ -95,16 +99,15 @@ def test_the_order_of_replicas_counts() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_numbers_that_are_not_finite_are_seen_wherever_they_are(spoilt: float, dtype: torch.dtype) -> None:
     tensors = drawn([((7,), torch.float64), ((9,), torch.float32)], 0)
-    layout = Layout(tensors, 3)
-    buffer = layout.new_buffer(torch.device("cpu"))
-    torch._foreach_copy_(layout.views(buffer), tensors)
-    assert is_finite(layout.parts(buffer))
-    t = next(view for view in layout.views(buffer) if view.dtype == dtype)
+    buffer = Buffer(Layout(tensors, 3), CPU)
+    assert buffer.fill(tensors)
+    t = next(t for t in tensors if t.dtype == dtype)
     for i in range(len(t)):
         kept = t[i].clone()
         t[i] = spoilt
-        assert not is_finite(layout.parts(buffer))
+        assert not buffer.fill(tensors)
         t[i] = kept
+    assert buffer.fill(tensors)
 
 
 @pytest.mark.parametrize("method", ["Parle", "ElasticSGD"])
