@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,16 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["deeprelax_cuda", "torch.distributed", "torch.nn.parallel", "numpy"])
 
 
+def start_server() -> None:
+    """Have the server run, and elsewhere than in a source tree, whose package it would take before the one that is tested."""
+    before = Path.cwd()
+    os.chdir(tempfile.gettempdir())
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.chdir(before)
+
+
 def run_ranks(folder: Path, count: int, program: Callable[..., Any], *args: Any, backend: str = "gloo") -> list[Any]:
     """Return what ``program(rank, *args)`` returns on each rank; None of one that was killed.
 
@@ -27,6 +40,7 @@ def run_ranks(folder: Path, count: int, program: Callable[..., Any], *args: Any,
         AssertionError: a rank raised, or did not end.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    start_server()
     processes = [
         _CONTEXT.Process(target=_work, args=(rank, count, str(folder), backend, program, args)) for rank in range(count)
     ]

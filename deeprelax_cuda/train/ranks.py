@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, rendezvous
 from torch.optim import Optimizer
 
 from deeprelax_cuda.cli import UsageError
@@ -222,7 +223,11 @@ def joined() -> Iterator[Alone]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo")
+    found, rank, size = next(rendezvous("env://"))
+    # Without --standalone torchrun leaves ranks that it starts again the old store, with the addresses of those that are gone.
+    store = PrefixStore(f"start {ALONE.restarts}", found)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         with contextlib.ExitStack() as stack:
             if dist.get_rank():
