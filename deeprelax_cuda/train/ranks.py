@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, rendezvous
 from torch.optim import Optimizer
 
 from deeprelax_cuda.cli import UsageError
@@ -223,6 +222,9 @@ def joined() -> Iterator[Alone]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
+    from torch.distributed.distributed_c10d import PrefixStore  # here, as not every torch has it
+    from torch.distributed.rendezvous import rendezvous
+
     found, rank, size = next(rendezvous("env://"))
     # Without --standalone torchrun leaves ranks that it starts again the old store, with the addresses of those that are gone.
     store = PrefixStore(f"start {ALONE.restarts}", found)
