@@ -96,6 +96,7 @@ def test_one_replica_without_a_coupling_is_entropy_sgd(noisy: str) -> None:
         model=noisy,
         options={"entropy-sgd": alone, "parle": {**alone, "replicas": 1, "rho": math.inf}},
     )
+    assert torch.equal(compare.build("parle", 3, made, DIGITS).replicas[0].batches[7][0], Batches(DIGITS, 32, 3)[7][0])
     curves = [untimed(advanced(compare.build(name, 3, made, DIGITS), 1000).curve) for name in made.methods]
     assert curves[0] == curves[1]
     assert len(curves[0]["validation"]) == 2
@@ -145,6 +146,7 @@ def test_a_state_is_taken_apart_and_put_together(noisy: str) -> None:
             ["--method", "parle", "--set", "parle.replicas=2.0"],
             "parle: replicas: expected a whole number from 1 to 1024, got 2.0",
         ),
+        (["--method", "parle", "--set", "parle.replicas=1025"], "from 1 to 1024, got 1025"),
         (["--method", "parle", "--rho", "0"], "parle: rho: expected"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -346,6 +348,7 @@ def test_ranks_write_the_bytes_of_one_process(tmp_path: Path) -> None:
     """With dropout and batch norm, and evaluations within a period; only the first rank is heard."""
     options = ["--method", *BOTH, "--model", "mnistfc", "--seeds", "0", "--epochs", "2", "--batch-size", "128"]
     options += ["--inner-steps", "4", "--temperature", "1e-8", "--threads", "1", "--eval-every", "0.7"]
+    options += ["--lr", "0.2"]  # which each optimizer warns of
     (first, said), other = on_ranks(tmp_path, programs.command, [*options, "--out", str(tmp_path / "ranks")])
     assert main(["train", *options, "--replicas", "2", "--quiet", "--out", str(tmp_path / "one")]) == 0
     assert (tmp_path / "ranks" / RESULT).read_bytes() == (tmp_path / "one" / RESULT).read_bytes()
@@ -353,6 +356,7 @@ def test_ranks_write_the_bytes_of_one_process(tmp_path: Path) -> None:
     lines = [line for line in said.splitlines() if ": epoch " in line]
     assert len(lines) == len(set(lines)) == 2 * 4
     assert said.count("final validation error") == 1
+    assert "UserWarning: rho=0.1" in said
     assert sorted(path.name for path in (tmp_path / "ranks").iterdir()) == ["curves.png", RESULT, "seconds.json", "table.txt"]
 
 
