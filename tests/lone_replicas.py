@@ -1,4 +1,4 @@
-"""Parle and Elastic-SGD as the tests of all methods make them: of one replica, from its parameters, like any other optimizer."""
+"""Parle and Elastic-SGD as the tests of all methods make them: of one replica, from its parameters alone."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class Method:
 
     @property
     def exchanges(self) -> bool:
-        """Whether it takes a mean over replicas, before which it looks at whether all numbers are finite."""
+        """Whether it takes a mean over replicas."""
         return issubclass(self.kind, ReplicaOptimizer)
 
     @property

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from contract_cases import BACKENDS, Guarded, backend, same
-from optim_runs import METHODS, L, Method, assert_equal, backward, counters, small_model, snapshot, those, walk
+from optim_runs import METHODS, L, Method, assert_equal, backward, counters, small_model, snapshot, walk
 from step_lists import BF16, F16, F32, F64, STEPS, Lists
 from torch import Tensor, nn
 
@@ -98,7 +98,6 @@ def test_defect_stochastic_rounding_turns_a_nan_into_a_number(name: str, nan: in
             assert lists.params[0].isnan().all()
 
 
-@those(lambda method: not method.exchanges)  # which are refused then: test_replicas_conventions
 def test_defect_stochastic_rounding_hides_a_diverged_run(make: Method) -> None:
     p = nn.Parameter(torch.ones(64, dtype=BF16))
     optimizer = make([p], rounding="stochastic")

@@ -173,18 +173,18 @@ class ByHand(Player):
         arrays = {"y": in_memory(p, p)} | ({} if grad is None else {"g": in_memory(grad, p)})
         arrays |= {name: in_memory(state[role], p) for role, name in self.ROLES.items() if role in state}
         numbers = self.formula(group, state.get("period_steps"), ends)
-        common = dict(
-            wd=group["weight_decay"],
-            maximize=group["maximize"],
-            lr=group["lr"],
-            mu_o=group.get("momentum", 0.0),
-            wd_o=group.get("outer_weight_decay", 0.0),
-            nesterov_o=group.get("nesterov", False),
-            seed=self.options["seed"],
-            step=self.taken,
-            number=i,
-            rounding=self.options.get("rounding", "nearest") if p.dtype == torch.bfloat16 else "nearest",
-        )
+        common = {
+            "wd": group["weight_decay"],
+            "maximize": group["maximize"],
+            "lr": group["lr"],
+            "mu_o": group.get("momentum", 0.0),
+            "wd_o": group.get("outer_weight_decay", 0.0),
+            "nesterov_o": group.get("nesterov", False),
+            "seed": self.options["seed"],
+            "step": self.taken,
+            "number": i,
+            "rounding": self.options.get("rounding", "nearest") if p.dtype == torch.bfloat16 else "nearest",
+        }
         if self.history.method in (PARLE, ELASTIC_SGD):
             arrays = oracle.update(arrays, **{**numbers, "outer": False}, **common, inner=grad is not None)
             y = arrays.get("master", oracle.widen(arrays["y"]))

@@ -157,7 +157,7 @@ class Parle(ReplicaOptimizer, LangevinLoop):
         return {**super()._own_scalars(group, dtype), "kr": round_scalar("1/rho", 1.0 / rho, dtype)}
 
     def _legend(self, group: dict[str, Any]) -> str:
-        return PARLE_LEGEND
+        return PARLE_LEGEND if group["replicas"] > 1 else super()._legend(group)
 
     def _notes(self, group: dict[str, Any], seen: Seen) -> Notes:
         return super()._notes(group, seen) + coupling_notes(group, parle_step)
