@@ -131,6 +131,19 @@ def test_until_the_first_exchange_the_answer_is_where_each_replica_began() -> No
         assert torch.equal(model.weights[0], began[replica])
 
 
+def test_until_its_first_exchange_the_answer_of_a_late_parameter_is_where_it_began() -> None:
+    models, optimizer = build("Parle")
+    start = models[0].weights[1].detach().clone()
+    for step in range(L + 1):
+        for replica, model in models.items():
+            model.backward(replica, step)
+            model.weights[1].grad = model.weights[1].grad if step == L else None
+        optimizer.step()
+    assert not any(torch.equal(model.weights[1], start) for model in models.values())
+    optimizer.eval()
+    assert all(torch.equal(model.weights[1], start) for model in models.values())
+
+
 @over_methods
 @over_options
 @pytest.mark.parametrize("in_eval", [False, True], ids=["train", "eval"])
