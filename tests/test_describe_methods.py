@@ -463,11 +463,11 @@ def test_lines_of_replicas() -> None:
     assert lines["pull"][0] == "0.3"
 
 
-MOMENTA = [(0.9, True), (0.9, False), (0.5, True), (0.0, False)]
+MOMENTA = [(0.9, True), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in [(0.9, False), (0.5, True), (0.0, False)])]
 
 
 @pytest.mark.parametrize(("momentum", "nesterov"), MOMENTA)
-@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_outer_steps_of_parle_diverge_beyond_the_limit(momentum: float, nesterov: bool, n: int) -> None:
     """Where a period brings all replicas to one minimum, so that m is at c: here in one step, to 0."""
     lr, limit = 0.4, 2.0 * (1.0 + momentum) / (1.0 + 2.0 * momentum if nesterov else 1.0)
@@ -485,7 +485,7 @@ def test_outer_steps_of_parle_diverge_beyond_the_limit(momentum: float, nesterov
         assert lines["pull"][0] == number(share * limit)
         assert lines["pull"][1].endswith(f"stable below {number(limit)}")
         assert any("makes their steps diverge" in one for one in advice) == (share > 1.0)
-        for _ in range(400):
+        for _ in range(200):
             for p in params:
                 p.grad = p.detach().clone()
             optimizer.step()
@@ -493,7 +493,7 @@ def test_outer_steps_of_parle_diverge_beyond_the_limit(momentum: float, nesterov
         assert (apart > n - 1.0) == (share > 1.0)
 
 
-@pytest.mark.parametrize("coupling_in_momentum", [True, False])
+@pytest.mark.parametrize("coupling_in_momentum", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("momentum", "nesterov"), MOMENTA)
 def test_replicas_of_elastic_sgd_diverge_beyond_the_limit(momentum: float, nesterov: bool, coupling_in_momentum: bool) -> None:
     """Where the loss is flat; their mean stays."""
@@ -507,7 +507,7 @@ def test_replicas_of_elastic_sgd_diverge_beyond_the_limit(momentum: float, neste
                 **{"lr": lr, "momentum": momentum, "nesterov": nesterov, "coupling_in_momentum": coupling_in_momentum},
                 **{"rho": lr / (share * limit), "rho_scoping": 0.0, "seed": 0},
             )
-        for step in range(400):
+        for step in range(200):
             for p in params:
                 p.grad = torch.zeros_like(p)
             optimizer.step()

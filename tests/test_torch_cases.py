@@ -375,11 +375,18 @@ def plain(info: OptimizerInfo) -> Case:
 
 
 def cases(flags: tuple[dict[str, Any], ...] = ({},)) -> list[Any]:
-    """Return every method with each of its inputs and each of the flags, as parameters of a test."""
+    """Return every method with each of its inputs and each of the flags, as parameters of a test.
+
+    Of a replica alone the first input is quick: it takes the steps of Entropy-SGD, with which all are.
+    """
     return [
-        pytest.param(Case(info, {**one.kwargs, **flag}), id=" ".join((info.name, one.desc, *flag)))
+        pytest.param(
+            Case(info, {**one.kwargs, **flag}),
+            id=" ".join((info.name, one.desc, *flag)),
+            marks=[pytest.mark.slow] if i and info.optim_cls in (LoneParle, LoneElasticSGD) else [],
+        )
         for info in INFOS
-        for one in inputs_of(info)
+        for i, one in enumerate(inputs_of(info))
         for flag in flags
     ]
 
