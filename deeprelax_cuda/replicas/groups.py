@@ -135,13 +135,24 @@ class OverRanks:
             for row in rows[1:]:
                 add_(layout.parts(own, begin), layout.parts(row, begin))
             divide_(layout.parts(own, begin), self.size)
-            _all_gather(received, own, group=self._group)
+            mean = self._gather(own, sent, rows)
         except RuntimeError as error:
             raise RuntimeError(
                 f"replicas: the exchange after {facts.steps} steps failed, although all ranks were there when it began: "
                 f"{_said(error)}. {REMEDY}"
             ) from error
-        return layout.views(received)
+        return layout.views(mean)
+
+    def _gather(self, own: Tensor, sent: Tensor, rows: Tensor) -> Tensor:
+        """Return the slices of all ranks, of which this rank's is in ``sent``; both buffers are written."""
+        received = rows.view(-1)
+        if _backend(self._group, own.device) == "gloo":
+            # Its all-gather allocates the result once more and copies it, which takes longer than the messages.
+            rows.copy_(own)
+            dist.all_to_all_single(sent, received, group=self._group)
+            return sent
+        _all_gather(received, own, self._group)
+        return received
 
     def _prepare(self, tensors: list[Tensor]) -> tuple[Layout, int, Tensor, Tensor]:
         """Return the layout of the tensors, its digest, and two buffers."""
@@ -227,8 +238,13 @@ def _list(names: Sequence[str]) -> str:
 
 def _serves(group: dist.ProcessGroup, device: torch.device) -> bool:
     """Whether tensors on the device are exchanged from there; gloo has not all of it for others than the CPU's."""
-    served = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
-    return device.type in served and (device.type == "cpu" or served[device.type] != "gloo")
+    backend = _backend(group, device)
+    return backend is not None and (device.type == "cpu" or backend != "gloo")
+
+
+def _backend(group: dist.ProcessGroup, device: torch.device) -> str | None:
+    """Return the name of what serves a device's tensors."""
+    return dict(pair.split(":") for pair in dist.get_backend_config(group).split(",")).get(device.type)
 
 
 def _all_gather(output: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:
