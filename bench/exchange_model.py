@@ -45,7 +45,7 @@ def exchange_cost(ranks: int, parameters: int) -> Cost:
     part = whole / ranks
     facts = len(Facts._fields) * 8
     copied_in_and_checked = 3 * whole
-    own_slices = 3 * 2 * part  # copied by both collectives, and as the first term of the sum
+    own_slices = 2 * 2 * part  # copied by both collectives
     summed = (ranks - 1) * 3 * part + 2 * part
     repeated = whole + part  # the mean, once for each rank
     return Cost(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, ClassVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -47,11 +48,12 @@ class ReplicaOptimizer(RelaxationOptimizer):
         super().__init__(params, {**options, "replicas": self._group.size})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Go on as a copy; one of a replica over ranks has no process group, which only `copy.deepcopy` hands on."""
+        """Go on from a state; a copy of a replica over ranks has no process group, which only `copy.deepcopy` hands on."""
         super().__setstate__(state)
-        count = self.param_groups[0]["replicas"]
-        complete = {group["replica"] for group in self.param_groups} == set(range(count))
-        self._group = InProcess(count) if complete else None
+        if "_group" not in self.__dict__:  # torch loads a state_dict by this too
+            count = self.param_groups[0]["replicas"]
+            complete = {group["replica"] for group in self.param_groups} == set(range(count))
+            self._group = InProcess(count) if complete else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ReplicaOptimizer:
         other = type(self).__new__(type(self))
@@ -95,9 +97,12 @@ class ReplicaOptimizer(RelaxationOptimizer):
         if not any(numbers.outer for numbers in scalars):
             super()._run(launches, scalars, clocks)
             return
-        inner = [i for i, numbers in enumerate(scalars) if numbers.inner]
-        with _as_before_if_it_fails([launches[i] for i in inner], [scalars[i] for i in inner]):
-            super()._run([launches[i] for i in inner], [replace(scalars[i], outer=False) for i in inner], None)
+        inner = [
+            (launch, replace(numbers, outer=False)) for launch, numbers in zip(launches, scalars, strict=True) if numbers.inner
+        ]
+        alone = self.param_groups[0]["replicas"] == 1  # then there is nobody to fail
+        with nullcontext() if alone else _as_before_if_it_fails(inner):
+            super()._run([launch for launch, _ in inner], [numbers for _, numbers in inner], None)
             members = self._members()
             mean = self._agree(members)
         self._move(launches, scalars, members, mean)
@@ -176,20 +181,16 @@ def _derived(seed: int, replica: int) -> int:
 
 
 @contextmanager
-def _as_before_if_it_fails(launches: Sequence[Launch], scalars: Sequence[Scalars]) -> Iterator[None]:
-    """Put back what the inner steps write, should they or the exchange fail."""
-    written = [
-        t
-        for launch, numbers in zip(launches, scalars, strict=True)
-        for role in sorted(replace(numbers, outer=False).writes)
-        for t in getattr(launch.call.tensors, role)
-    ]
-    kept = [t.detach().clone() for t in written]
+def _as_before_if_it_fails(steps: Sequence[tuple[Launch, Scalars]]) -> Iterator[None]:
+    """Put back what these steps write, should they or what follows fail."""
+    written = [getattr(launch.call.tensors, role) for launch, numbers in steps for role in sorted(numbers.writes)]
+    written = [tensors for tensors in written if tensors]
+    kept = [torch._foreach_mul(tensors, 1.0) for tensors in written]  # copies, in one launch on a GPU
     try:
         yield
     except BaseException:
-        for t, value in zip(written, kept, strict=True):
-            t.copy_(value)
+        for tensors, copies in zip(written, kept, strict=True):
+            torch._foreach_copy_(tensors, copies)
         raise
 
 

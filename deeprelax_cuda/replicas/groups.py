@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deeprelax_cuda.noise import to_int64
-from deeprelax_cuda.replicas.layout import Layout, add_, digest_of, divide_, is_finite, shapes_of
+from deeprelax_cuda.replicas.layout import Buffer, Layout, add_, divide_
 
 #: That of the messages before an exchange, for process groups that are talked over otherwise too.
 TAG = 0x6472
@@ -64,10 +64,11 @@ class Group(Protocol):
 
 
 class InProcess:
-    """All replicas in this process, each on any device."""
+    """All replicas in this process, each on any device. Two buffers as long as the parameters are kept between exchanges."""
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self._kept: tuple[Layout, Buffer, Buffer] | None = None
 
     @property
     def here(self) -> range:
@@ -75,26 +76,29 @@ class InProcess:
         return range(self.size)
 
     def mean(self, lists: Sequence[list[Tensor]], facts: Facts) -> list[Tensor]:
-        """Return the mean; see `Group.mean`."""
-        layout = Layout(lists[0], 1)
-        device = lists[0][0].device if lists[0] else torch.device("cpu")
+        """Return the mean; see `Group.mean`. That of one replica is what it has, whatever that is."""
+        if self.size == 1:
+            return lists[0]
+        layout, total, buffer = self._kept = self._fitting(lists[0])
         told: dict[int, Facts] = {}
-        total = layout.new_buffer(device)
-        buffer = total
         for replica, tensors in enumerate(lists):
-            shapes = shapes_of(tensors)
-            fits, finite = shapes == layout.shapes, True
-            if fits:
-                torch._foreach_copy_(layout.views(buffer), tensors)
-                finite = is_finite(layout.parts(buffer))
-                if replica:
-                    add_(layout.parts(total), layout.parts(buffer))
-                elif self.size > 1:
-                    buffer = layout.new_buffer(device)
-            told[replica] = facts._replace(parameters=digest_of(shapes), finite=finite)
+            if not layout.fits(tensors):
+                told[replica] = facts._replace(parameters=Layout(tensors, 1).digest)
+                continue
+            finite = (buffer if replica else total).fill(tensors)
+            told[replica] = facts._replace(parameters=layout.digest, finite=finite)
+            if replica:
+                add_(total.parts, buffer.parts)
         check_all(told, lambda replica: f"replica {replica}")
-        divide_(layout.parts(total), self.size)
-        return layout.views(total)
+        divide_(total.parts, self.size)
+        return total.tensors
+
+    def _fitting(self, tensors: list[Tensor]) -> tuple[Layout, Buffer, Buffer]:
+        device = tensors[0].device if tensors else torch.device("cpu")
+        if self._kept is not None and self._kept[0].fits(tensors) and self._kept[1].bytes.device == device:
+            return self._kept
+        layout = Layout(tensors, 1)
+        return layout, Buffer(layout, device), Buffer(layout, device)
 
 
 class OverRanks:
@@ -113,7 +117,7 @@ class OverRanks:
         self._rank = dist.get_rank(group)
         if self._rank < 0:
             raise ValueError("group: expected one that this rank belongs to")
-        self._buffers: tuple[Layout, int, Tensor, Tensor] | None = None
+        self._kept: tuple[Layout, Buffer, Buffer] | None = None
 
     @property
     def here(self) -> range:
@@ -123,46 +127,43 @@ class OverRanks:
     def mean(self, lists: Sequence[list[Tensor]], facts: Facts) -> list[Tensor]:
         """Return the mean; see `Group.mean`."""
         (tensors,) = lists
-        layout, digest, sent, received = self._prepare(tensors)
-        torch._foreach_copy_(layout.views(sent), tensors)
-        facts = facts._replace(parameters=digest, finite=is_finite(layout.parts(sent)))
-        check_all(self._roll_call(facts, sent.device), self._name)
+        layout, sent, received = self._kept = self._fitting(tensors)
+        finite = sent.fill(tensors)
+        facts = facts._replace(parameters=layout.digest, finite=finite)
+        check_all(self._roll_call(facts, sent.bytes.device), self._name)
         try:
-            dist.all_to_all_single(received, sent, group=self._group)
-            begin = self._rank * layout.slice_bytes
-            rows = received.view(self.size, layout.slice_bytes)
-            own = sent[begin : begin + layout.slice_bytes].copy_(rows[0])
-            for row in rows[1:]:
-                add_(layout.parts(own, begin), layout.parts(row, begin))
-            divide_(layout.parts(own, begin), self.size)
-            mean = self._gather(own, sent, rows)
+            self._add_up(layout, sent.bytes, received.bytes)
         except RuntimeError as error:
             raise RuntimeError(
-                f"replicas: the exchange after {facts.steps} steps failed, although all ranks were there when it began: "
+                f"replicas: the exchange after {facts.steps} steps failed, although all were there when it began: "
                 f"{_said(error)}. {REMEDY}"
             ) from error
-        return layout.views(mean)
+        return received.tensors
 
-    def _gather(self, own: Tensor, sent: Tensor, rows: Tensor) -> Tensor:
-        """Return the slices of all ranks, of which this rank's is in ``sent``; both buffers are written."""
-        received = rows.view(-1)
-        if _backend(self._group, own.device) == "gloo":
+    def _add_up(self, layout: Layout, sent: Tensor, received: Tensor) -> None:
+        """Let ``received`` be the mean of what all ranks have ``sent``, which is overwritten."""
+        dist.all_to_all_single(received, sent, group=self._group)
+        total, *others = received.view(self.size, layout.slice_bytes)
+        begin = self._rank * layout.slice_bytes
+        parts = layout.parts(total, begin)
+        for row in others:
+            add_(parts, layout.parts(row, begin))
+        divide_(parts, self.size)
+        slices = sent.view(self.size, layout.slice_bytes)
+        if _backend(self._group, sent.device) == "gloo":
             # Its all-gather allocates the result once more and copies it, which takes longer than the messages.
-            rows.copy_(own)
-            dist.all_to_all_single(sent, received, group=self._group)
-            return sent
-        _all_gather(received, own, self._group)
-        return received
+            slices.copy_(total)
+            dist.all_to_all_single(received, sent, group=self._group)
+        else:
+            _all_gather(received, slices[0].copy_(total), self._group)
 
-    def _prepare(self, tensors: list[Tensor]) -> tuple[Layout, int, Tensor, Tensor]:
-        """Return the layout of the tensors, its digest, and two buffers."""
+    def _fitting(self, tensors: list[Tensor]) -> tuple[Layout, Buffer, Buffer]:
         device = tensors[0].device if tensors else torch.device("cpu")
         device = device if _serves(self._group, device) else torch.device("cpu")
-        if self._buffers is None or self._buffers[0].shapes != shapes_of(tensors) or self._buffers[2].device != device:
-            layout = Layout(tensors, self.size)
-            buffers = layout.new_buffer(device), layout.new_buffer(device)
-            self._buffers = layout, digest_of(layout.shapes), *buffers
-        return self._buffers
+        if self._kept is not None and self._kept[0].fits(tensors) and self._kept[1].bytes.device == device:
+            return self._kept
+        layout = Layout(tensors, self.size)
+        return layout, Buffer(layout, device), Buffer(layout, device)
 
     def _roll_call(self, facts: Facts, device: torch.device) -> dict[int, Facts]:
         """Return what each rank says of itself."""

@@ -22,48 +22,51 @@ ALIGNMENT = 8
 class Layout:
     """Where tensors of float64 and of float32 lie in a buffer: those of float64 before the others, each in its order.
 
-    The buffer is as long as ``slices`` equal slices; what is left over at its end is 0.
+    The buffer is as long as ``slices`` equal slices; what is left over at its end is 0. ``digest`` is a number of 56 bits that
+    tells lists of shapes and types apart.
     """
 
     def __init__(self, tensors: Sequence[Tensor], slices: int) -> None:
-        self.shapes = shapes_of(tensors)
+        self._kinds = [(t.shape, t.dtype) for t in tensors]
         order = sorted(range(len(tensors)), key=lambda i: tensors[i].dtype != torch.float64)
         ends = list(accumulate(tensors[i].numel() * tensors[i].element_size() for i in order))
-        self._spans = {i: (begin, end) for i, begin, end in zip(order, [0, *ends], ends, strict=False)}
-        #: Bytes of the float64 part.
-        self.wide = sum(t.numel() * 8 for t in tensors if t.dtype == torch.float64)
+        self._spans = {i: slice(begin, end) for i, begin, end in zip(order, [0, *ends], ends, strict=False)}
+        self._wide = sum(t.numel() * 8 for t in tensors if t.dtype == torch.float64)  # bytes of the float64 part
         self.slice_bytes = -(-(ends[-1] if ends else 0) // (slices * ALIGNMENT)) * ALIGNMENT
         self.bytes = slices * self.slice_bytes
+        text = repr([(tuple(shape), str(dtype)) for shape, dtype in self._kinds])
+        self.digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
 
-    def new_buffer(self, device: torch.device) -> Tensor:
-        """Return a buffer of zeros."""
-        return torch.zeros(self.bytes, dtype=torch.uint8, device=device)
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        """Return whether this is the layout of these tensors."""
+        return self._kinds == [(t.shape, t.dtype) for t in tensors]
 
     def views(self, buffer: Tensor) -> list[Tensor]:
         """Return the tensors in a buffer."""
-        return [
-            buffer[slice(*self._spans[i])].view(dtype).view(shape) for i, (shape, dtype) in enumerate(self.shapes)
-        ]  # of an empty tensor too: a view of no bytes
+        return [buffer[self._spans[i]].view(dtype).view(shape) for i, (shape, dtype) in enumerate(self._kinds)]
 
-    def parts(self, buffer: Tensor, begin: int = 0) -> list[Tensor]:
-        """Return the numbers in a piece of the buffer that begins at byte ``begin``: those of float64, those of float32."""
-        wide = min(max(self.wide - begin, 0), len(buffer))
-        return [buffer[:wide].view(torch.float64), buffer[wide:].view(torch.float32)]
+    def parts(self, piece: Tensor, begin: int = 0) -> list[Tensor]:
+        """Return the numbers in a piece of a buffer that begins at byte ``begin``: those of float64, those of float32."""
+        wide = min(max(self._wide - begin, 0), len(piece))
+        return [piece[:wide].view(torch.float64), piece[wide:].view(torch.float32)]
 
 
-def shapes_of(tensors: Sequence[Tensor]) -> list[tuple[torch.Size, torch.dtype]]:
-    """Return the shapes and types of the tensors."""
-    return [(t.shape, t.dtype) for t in tensors]
+class Buffer:
+    """The tensors of a replica, copied into one buffer."""
 
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        self.bytes = torch.zeros(layout.bytes, dtype=torch.uint8, device=device)
+        self.tensors = layout.views(self.bytes)
+        self.parts = layout.parts(self.bytes)
 
-def digest_of(shapes: Sequence[tuple[torch.Size, torch.dtype]]) -> int:
-    """Return a number of 56 bits that tells lists of shapes and types apart."""
-    text = repr([(tuple(shape), str(dtype)) for shape, dtype in shapes])
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
+    def fill(self, tensors: list[Tensor]) -> bool:
+        """Copy the tensors into it; return whether all numbers are finite, for which a device is waited for."""
+        torch._foreach_copy_(self.tensors, tensors)
+        return is_finite(self.parts)
 
 
 def is_finite(parts: Sequence[Tensor]) -> bool:
-    """Return whether all numbers are finite; a device is waited for."""
+    """Return whether all numbers are finite."""
     return all(bool(torch.isfinite(torch.stack(part.aminmax())).all()) for part in parts if part.numel())
 
 
