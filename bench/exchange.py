@@ -222,7 +222,7 @@ def make_plan(sizes: Sequence[int] | None, quick: bool) -> Plan:
     lists: list[tuple[str, list[Shape]]] = [(f"{size:,}", [(size,)]) for size in chosen]
     if quick:
         return Plan(lists, seconds=0.1, probe=2**18, periods=1)
-    return Plan([*lists, ("ResNet-50", resnet50())], seconds=4.0, probe=PROBE, periods=4)
+    return Plan([*lists, ("ResNet-50", resnet50())], seconds=2.0, probe=PROBE, periods=4)
 
 
 def run_rank(rank: int, ranks: int, folder: str, plan: Plan) -> None:
