@@ -31,6 +31,7 @@ test-cpp: .venv/environment
 bench: .venv/installed
 	$(BIN)/python bench/cpu_step.py --out bench/results/cpu-step.json
 	$(BIN)/python bench/host_step.py --out bench/results/host-step.json
+	$(BIN)/python bench/exchange.py --out bench/results/exchange.json
 
 lint: .venv/environment
 	$(BIN)/ruff check .

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from contract_cases import Case, run, same
+from lone_replicas import LoneElasticSGD, LoneParle
 from step_lists import Lists
 from torch import Tensor
 
 import deeprelax_cuda as dr
 from deeprelax_cuda.backends import triton
+from deeprelax_cuda.replicas.base import ReplicaOptimizer
 
 NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICE = torch.device("cuda")
@@ -32,7 +34,11 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "HamiltonJacobi": (dr.HamiltonJacobi, {"inner_steps": L, "gamma": 0.5, "scoping": 0.1}),
     "HeatSGD": (dr.HeatSGD, {"inner_steps": L, "gamma": 2.0, "scoping": 0.1, "temperature": 1e-3}),
     "SGLD": (dr.SGLD, {"lr": 0.05, "gamma": 2.0, "temperature": 1e-3}),
+    "Parle": (LoneParle, {"inner_steps": L, "gamma": 2.0, "scoping": 0.1, "temperature": 1e-3, "rho": 2.0}),
+    "ElasticSGD": (LoneElasticSGD, {"lr": 0.05, "rho": 2.0, "temperature": 1e-3}),
 }
+#: Those whose step is one launch, which a graph may capture: an exchange of replicas is the host's.
+CAPTURABLE = [name for name, (kind, _) in METHODS.items() if not issubclass(kind, ReplicaOptimizer)]
 
 
 def optimizer_of(params: Iterable[Any], method: str = "EntropySGD", **options: Any) -> Any:

@@ -14,6 +14,7 @@ import torch
 from contract_cases import same
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+from lone_replicas import LoneElasticSGD, LoneParle
 from torch import Tensor, nn
 
 from deeprelax_cuda.optim import SGLD, EntropySGD, HamiltonJacobi, HeatSGD
@@ -39,7 +40,8 @@ class Method:
     """An optimizer, and the options that are drawn for a group of it and for all groups.
 
     ``elsewhere`` are options of one that gets another's state, and ``refused`` such that a step with them is. ``evaluates``:
-    whether the weights that `eval` shows are others than those of training.
+    whether the weights that `eval` shows are others than those of training. ``capturable``: whether a graph may capture its
+    steps.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Method:
     elsewhere: dict[str, Any]
     refused: dict[str, Any]
     evaluates: bool = True
+    capturable: bool = True
 
 
 @dataclass(frozen=True)
@@ -152,8 +155,52 @@ SAMPLES = Method(
     {"temperature": -1.0},
     evaluates=False,
 )
-METHODS = [ENTROPY_SGD, FIXED_POINT, HEAT, PROX, SAMPLES]
+#: So wide that a step stays far from where the coupling makes it diverge, and float16 can hold what comes out.
+RHO: dict[str, Any] = {
+    "rho": st.sampled_from([2.0, 9.0, math.inf]),
+    "rho_scoping": st.sampled_from([0.0, 0.25, 0.5]),
+    "rho_min": st.sampled_from([1.0, 1.5]),
+}
+PARLE = Method(
+    "Parle",
+    LoneParle,
+    drawn(
+        {**LOOP, **INNER, **RHO},
+        gamma_total=st.sampled_from([None, None, 3.0]),
+        temperature=TEMPERATURE,
+        averaging=st.sampled_from(AVERAGING),
+        dampening=st.sampled_from([0.0, 0.25]),
+    ),
+    drawn(
+        {"inner_steps": st.integers(1, 4), "seed": SEED},
+        coupling_in_momentum=st.booleans(),
+        reset_inner_momentum=st.booleans(),
+        consensus=st.sampled_from(["averages", "anchors"]),
+    ),
+    {**ELSEWHERE, "inner_lr": 0.9, "temperature": 0.9, "rho": 7.0},
+    {"inner_lr": math.inf},
+    capturable=False,
+)
+ELASTIC_SGD = Method(
+    "ElasticSGD",
+    LoneElasticSGD,
+    drawn(
+        {**NUMBERS, **RHO},
+        temperature=TEMPERATURE,
+        momentum=st.sampled_from([0.9, 0.5, 0.0]),
+        nesterov=st.booleans(),
+        dampening=st.sampled_from([0.0, 0.25]),
+    ),
+    drawn({"seed": SEED}, coupling_in_momentum=st.booleans()),
+    {"lr": 0.9, "seed": 99, "temperature": 0.9, "rho": 7.0},
+    {"temperature": -1.0},
+    capturable=False,
+)
+METHODS = [ENTROPY_SGD, FIXED_POINT, HEAT, PROX, SAMPLES, PARLE, ELASTIC_SGD]
 over_methods = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+over_capturable_methods = pytest.mark.parametrize(
+    "method", [method for method in METHODS if method.capturable], ids=lambda method: method.name
+)
 STEP = st.tuples(st.just("step"), st.one_of(st.just(ALL), st.integers(0, 255)), st.integers(0, 3))
 BETWEEN = st.one_of(
     st.tuples(st.just("eval")),
@@ -319,7 +366,7 @@ class Player:
 
     def facts_of(self, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Facts:
         number = next(i for i, q in enumerate(self.params) if q is p)
-        values = {"param": p, **state, **{name: group[name] for name in GROUP_FACTS}}
+        values = {"param": p, **state, **{name: group[name] for name in GROUP_FACTS if name in group}}
         if "period_steps" in state:
             values["period_steps"] = int(state["period_steps"])  # in a tensor or in a number
         return {f"{name} of {number}": v.detach().clone() if isinstance(v, Tensor) else v for name, v in values.items()}
@@ -336,7 +383,7 @@ class Clocked(Player):
         return super().facts_of(p, {role: t for role, t in state.items() if role != "anchor"} if idle else state, group)
 
 
-GROUP_FACTS = ("step", "position", "outer_steps", "gamma", "lr", "train_mode", "seed")
+GROUP_FACTS = ("step", "position", "outer_steps", "gamma", "rho", "lr", "train_mode", "seed")
 
 
 def assert_same(got: Facts, want: Facts) -> None:

@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from lone_replicas import LoneElasticSGD, LoneParle
 from torch import Tensor, nn
 
 from deeprelax_cuda.optim import SGLD, EntropySGD, HamiltonJacobi, HeatSGD
 from deeprelax_cuda.optim.base import RelaxationOptimizer
+from deeprelax_cuda.replicas.base import ReplicaOptimizer
 
 L = 3
 
@@ -39,6 +41,8 @@ class Method:
     refuses: tuple[tuple[str, Any], ...] = ()
     #: Whether an outer step ends periods of ``inner_steps``: otherwise there is no other set of weights to evaluate either.
     has_periods: bool = True
+    #: Steps in a period of the settings.
+    length: int = L
     #: Whether there is an anchor in the state, without which there is no state.
     has_anchor: bool = True
     #: Whether the parameters hold the anchor after an outer step.
@@ -68,13 +72,27 @@ class Method:
     def averages_gradients(self) -> bool:
         return self.average == "gradient_average"
 
+    def is_capturable(self) -> bool:
+        return ("capturable", True) not in self.refuses
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether it takes a mean over replicas."""
+        return issubclass(self.kind, ReplicaOptimizer)
+
+    @property
+    def has_long_periods(self) -> bool:
+        """Whether there are inner steps that no outer step follows."""
+        return self.has_periods and self.length > 1
+
     @property
     def roles(self) -> list[str]:
         """The roles of the tensors in the state that an outer step starts from."""
         return [role for role in ("anchor" if self.has_anchor else None, self.average) if role is not None]
 
-    def stats(self, steps: int, length: int = L) -> dict[str, int]:
+    def stats(self, steps: int, length: int | None = None) -> dict[str, int]:
         """What `stats` has to say after so many steps in periods of ``length``."""
+        length = length if length is not None and self.takes("inner_steps") else self.length
         outer = steps // length if self.has_periods else 0
         return {"steps": steps, "period_steps": steps - outer * length, "outer_steps": outer}
 
@@ -138,6 +156,24 @@ METHODS: dict[str, Method] = {
         has_anchor=False,
         smaller={},
         larger={"gamma": 2.0},
+    ),
+    "Parle": Method(
+        kind=LoneParle,
+        settings={
+            **{"inner_steps": L, "gamma": 2.0, "scoping": 0.1, "temperature": 1e-3, "seed": 11},
+            **{"rho": 2.0, "rho_scoping": 0.1, "rho_min": 0.5},
+        },
+        average="average",
+        refuses=(("capturable", True), ("rho", 0.0), ("rho", math.nan), ("consensus", "mean"), ("rho_min", -1.0)),
+        **MOMENTA,
+    ),
+    "ElasticSGD": Method(
+        kind=LoneElasticSGD,
+        settings={"rho": 2.0, "rho_scoping": 0.1, "rho_min": 0.5, "temperature": 1e-3, "seed": 11},
+        average=None,
+        refuses=(("capturable", True), ("rho", 0.0), ("rho_scoping", -0.1), ("temperature", -1.0)),
+        length=1,
+        **OUTER_MOMENTUM,
     ),
 }
 #: One that stands for all, where what is tested lies outside of them and is costly.

@@ -87,9 +87,18 @@ def faults(rank: int) -> dict[str, Any]:
 
     # an exchange that raises, on all ranks, before and after the sum, and one that is interrupted
     model.backward(rank, 2 * L - 1)
-    for name in ("all_to_all_single", "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"):
-        with mock.patch.object(dist, name, side_effect=RuntimeError("the network is gone")):
+    exchange = dist.all_to_all_single  # over gloo both ways
+    for name, calls in {"before the sum": [False], "after the sum": [True, False]}.items():
+        answers = iter(calls)
+
+        def fails(*args: Any, answers: Any = answers, **kwargs: Any) -> None:
+            if not next(answers):
+                raise RuntimeError("the network is gone")
+            exchange(*args, **kwargs)
+
+        with mock.patch.object(dist, "all_to_all_single", fails):
             said[name] = refused(optimizer)
+        assert next(answers, None) is None
         whole(name)
     with mock.patch.object(dist, "all_to_all_single", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         optimizer.step()

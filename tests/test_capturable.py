@@ -74,7 +74,7 @@ def run(optimizer: RelaxationOptimizer, params: list[nn.Parameter], steps: range
         optimizer.step()
 
 
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=[name for name, method in METHODS.items() if method.is_capturable()])
 def make(request: pytest.FixtureRequest) -> Method:
     return METHODS[request.param]
 
@@ -104,7 +104,7 @@ def assert_same(a: RelaxationOptimizer, b: RelaxationOptimizer) -> None:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
-@with_options("options", OPTIONS)
+@with_options("options", OPTIONS, Method.is_capturable)
 def test_the_same_bits_as_with_numbers_of_the_host(make: Method, options: dict[str, Any], backend: str) -> None:
     here, there = weights(), weights()
     plain, clocked = (build(on, at, make, backend=backend, **options) for on, at in ((False, here), (True, there)))
@@ -139,6 +139,7 @@ def test_the_same_bits_on_every_backend(make: Method, label: str, clocked: bool)
         {"dtype": torch.bfloat16, "master_weights": True},
         {"dtype": torch.float16, "averaging": "linear"},
     ],
+    Method.is_capturable,
 )
 def test_in_every_type(make: Method, kind: dict[str, Any]) -> None:
     options = dict(kind)
@@ -150,7 +151,7 @@ def test_in_every_type(make: Method, kind: dict[str, Any]) -> None:
     assert_same(plain, clocked)
 
 
-@with_options("options", [{}, {"averaging": "linear"}])
+@with_options("options", [{}, {"averaging": "linear"}], Method.is_capturable)
 def test_groups_types_and_parameters_that_come_late(make: Method, options: dict[str, Any]) -> None:
     def twin(capturable: bool) -> tuple[RelaxationOptimizer, list[nn.Parameter]]:
         params = [*weights(1), *weights(2, torch.bfloat16), *weights(3, torch.float64)]
@@ -188,7 +189,7 @@ def test_a_count_that_a_graph_writes_to_stays(make_one: Any, monkeypatch: pytest
     assert count() is not None
 
 
-@with_options("options", [{}, {"averaging": "linear", "reset_inner_momentum": True}])
+@with_options("options", [{}, {"averaging": "linear", "reset_inner_momentum": True}], Method.is_capturable)
 def test_a_step_reads_nothing_off_the_device(make: Method, options: dict[str, Any]) -> None:
     params = weights()
     optimizer = build(True, [{"params": params[:2]}, {"params": params[2:]}], make, **options)
@@ -217,7 +218,7 @@ def test_values_lie_on_the_device_and_stay_where_they_are(make: Method) -> None:
     assert not optimizer.at_outer_boundary
 
 
-@those(lambda method: method.has_anchor)  # else a gamma set by hand makes one, there and then
+@those(lambda method: method.is_capturable() and method.has_anchor)  # else a gamma set by hand makes one, there and then
 def test_values_set_by_hand_and_by_schedulers_count(make: Method) -> None:
     def train(capturable: bool) -> RelaxationOptimizer:
         params = weights()
@@ -309,7 +310,7 @@ def test_saving_leaves_the_optimizer_as_it_is() -> None:
     assert optimizer.state[params[0]]["period_steps"] is count
 
 
-@with_options("options", [{}, {"averaging": "linear"}], lambda method: method.has_anchor)
+@with_options("options", [{}, {"averaging": "linear"}], lambda method: method.is_capturable() and method.has_anchor)
 def test_the_rest_of_the_interface(make: Method, options: dict[str, Any]) -> None:
     here, there = weights(), weights()
     plain, clocked = build(False, here, make, **options), build(True, there, make, **options)
@@ -407,7 +408,7 @@ def test_a_group_without_parameters_counts_too(make: Method) -> None:
     assert_same(train(False), train(True))
 
 
-@with_options("options", [{}, {"averaging": "linear"}])
+@with_options("options", [{}, {"averaging": "linear"}], Method.is_capturable)
 @pytest.mark.parametrize("begins", [False, True])
 def test_it_may_be_turned_on_and_off_in_mid_period(make: Method, begins: bool, options: dict[str, Any]) -> None:
     here, there = weights(), weights()

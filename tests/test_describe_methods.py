@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from typing import Any
@@ -9,12 +10,26 @@ from typing import Any
 import pytest
 import torch
 from described import read
+from lone_replicas import LoneElasticSGD, LoneParle
 from torch import nn
 
+import deeprelax_cuda as dr
 from deeprelax_cuda.optim import SGLD, HamiltonJacobi, HeatSGD
 from deeprelax_cuda.optim.describe import number, setting
 
 pytestmark = pytest.mark.filterwarnings("ignore:lr=")
+
+
+def two_of(kind: Any) -> Any:
+    """A constructor of two replicas: of what it is given, and of a copy, with the same gradient."""
+
+    def make(params: Any, **options: Any) -> Any:
+        others = [nn.Parameter(p.detach().clone()) for p in params]
+        for p, q in zip(params, others, strict=True):
+            q.grad = None if p.grad is None else p.grad.clone()
+        return kind(replicas=[params, others], **options)
+
+    return make
 
 
 #: Settings of each of which nothing is to be said.
@@ -25,6 +40,16 @@ OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "heat": (HeatSGD, {"gamma": 0.5, "temperature": 2e-4, "scoping": 0.0, "seed": 0}),
     "sgld": (SGLD, {"lr": 0.1, "gamma": 2.0, "temperature": 1e-3, "seed": 0}),
     "free sgld": (SGLD, {"lr": 0.1, "temperature": 1e-3, "seed": 0}),
+    "parle": (
+        two_of(dr.Parle),
+        {"gamma": 1.0, "scoping": 0.0, "gamma_min": 0.0, "rho_scoping": 0.0, "rho_min": 0.0, "inner_momentum": 0.0, "seed": 0},
+    ),
+    "one of parle": (
+        LoneParle,
+        {"gamma": 1.0, "scoping": 0.0, "gamma_min": 0.0, "rho_scoping": 0.0, "rho_min": 0.0, "inner_momentum": 0.0, "seed": 0},
+    ),
+    "elastic": (two_of(dr.ElasticSGD), {"rho_scoping": 0.0, "rho_min": 0.0, "seed": 0}),
+    "one of elastic": (LoneElasticSGD, {"rho": math.inf, "rho_scoping": 0.0, "rho_min": 0.0, "seed": 0}),
 }
 
 
@@ -101,10 +126,47 @@ OTHER_CASES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
         {**BF16, "temperature": 7.5e-5},
         {**BF16, "temperature": 7.5e-5, "master_weights": True},
     ),
+    ("parle", "^rho=inf: nothing couples the replicas", {"rho": math.inf}, {"rho": 1e9}),
+    ("parle", "^rho_min=0.5 does nothing, as rho_scoping=0", {"rho_min": 0.5}, {"rho_min": 0.5, "rho_scoping": 0.1}),
+    ("parle", "^rho is at its floor, rho_min=1", {"rho_min": 1.0, "rho_scoping": 0.1}, {"rho_min": 0.9, "rho_scoping": 0.1}),
+    ("parle", "^rho_scoping=6.9e-6 does nothing: rho halves in", {"rho_scoping": 6.9e-6, "rho_min": 0.5}, {}),
+    (
+        "parle",
+        r"^rho=0.079: the coupling .* diverge, as lr\*\(1 \+ 1/rho\) = 1.37 is not below 1.36; set rho higher or lr lower",
+        {"rho": 0.079},
+        {"rho": 0.08},
+    ),
+    (
+        "parle",
+        "^rho=0.05: .* diverge from outer step 27 .gradient evaluation 675. on, .* = 2.1 is not below 1.36; set rho_min higher",
+        {"rho": 1.0, "rho_min": 0.05, "rho_scoping": 0.1},
+        {"rho": 1.0, "rho_min": 0.08, "rho_scoping": 0.1},
+    ),
+    ("one of parle", "^rho does nothing, as there is one replica", {"consensus": "anchors"}, {"consensus": "averages"}),
+    ("one of parle", "^rho does nothing, as there is one replica", {"consensus": "anchors", "rho": 0.01}, {}),
+    ("elastic", "^rho=inf: nothing couples the replicas", {"rho": math.inf}, {"rho": 1e9}),
+    ("elastic", "^rho=0.073: .* as lr/rho = 1.37 is not below 1.36; set rho higher or lr", {"rho": 0.073}, {"rho": 0.074}),
+    (
+        "elastic",
+        "^rho=0.04: .* diverge from outer step 28 .gradient evaluation 28. on, as lr/rho = 2.5 .*; set rho_min higher",
+        {"rho": 1.0, "rho_min": 0.04, "rho_scoping": 0.1},
+        {"rho": 1.0, "rho_min": 0.074, "rho_scoping": 0.1},
+    ),
+    ("elastic", "^lr=0: the replicas stand still", {"lr": 0.0}, {"lr": 1e-9}),
+    ("elastic", "^nesterov=True is ignored, as momentum is 0", {"momentum": 0.0}, {"momentum": 0.0, "nesterov": False}),
+    ("elastic", "^dampening: without effect", {"momentum": 0.0, "nesterov": False, "dampening": 0.5}, {"dampening": 0.5}),
+    ("elastic", "^dampening=1 without nesterov", {"dampening": 1.0, "nesterov": False}, {"dampening": 1.0}),
+    (
+        "elastic",
+        "^Most of the noise .0.00387. .*bfloat16 is 0.00391; rounding=",
+        {**BF16, "temperature": 7.5e-5},
+        {**BF16, "temperature": 7.7e-5},
+    ),
+    ("one of elastic", "^rho does nothing, as there is one replica", {"rho": 0.01}, {}),
 ]
 
 
-@pytest.mark.filterwarnings("ignore:gamma.temperature")
+@pytest.mark.filterwarnings("ignore:gamma.temperature", "ignore:rho=")
 @pytest.mark.parametrize(
     ("method", "sentence", "holds", "does_not"), OTHER_CASES, ids=[f"{case[0]} {case[1][:40]}" for case in OTHER_CASES]
 )
@@ -124,11 +186,11 @@ def test_bytes_of_the_state_of_the_other_methods(method: str) -> None:
         figure, words = read(optimizer.describe())[0]["state"]
         assert predicted == (figure, words)
         own = sum(t.nbytes for role, t in optimizer.state[p].items() if role != "period_steps")
-        assert (int(figure) * 7, f"{own:,} bytes in all" in words) == (own, True)
+        assert (int(figure) * 7, f"{own * len(optimizer.state):,} bytes in all" in words) == (own, True)
         optimizer.eval()
         figure, words = read(optimizer.describe())[0]["state"]
         own = sum(t.nbytes for role, t in optimizer.state[p].items() if role != "period_steps")
-        assert (int(figure) * 7, f"{own:,} bytes in all" in words) == (own, True)
+        assert (int(figure) * 7, f"{own * len(optimizer.state):,} bytes in all" in words) == (own, True)
 
 
 @pytest.mark.parametrize("method", ["fixed point", "prox", "heat"])
@@ -358,3 +420,98 @@ def test_sgld_diverges_beyond_the_limit() -> None:
             p.grad = h * (p.detach() - 1.0) + 1.0
             optimizer.step()
         assert (abs(float(p.detach()) - 1.0) > 1.0) == (share > 1.0)
+
+
+# Replicas.
+
+
+def test_lines_of_replicas() -> None:
+    optimizer, p = other("parle", 0.1, gamma=0.4, rho=2.0, rho_scoping=1.0, rho_min=0.25, lr=0.2, inner_steps=4)
+    lines, advice = read(optimizer.describe())
+    assert advice == []
+    assert lines["groups 0 to 1"] == ("", "2 parameters, 8 elements, float64")
+    words = "the mean is taken every 4 steps, over 2 replicas; over ranks each sends 2(n - 1)/n = 1 times the bytes of its "
+    assert lines["replicas"] == ("2", f"{words}parameters for it")
+    floor = "at the floor rho_min=0.25 from outer step 3 (gradient evaluation 12) on"
+    assert lines["rho"] == ("2", f"halves in 1 outer steps, ln 2/ln(1 + rho_scoping) for rho_scoping=1; {floor}")
+    assert lines["pull"] == ("0.3", "lr*(1 + 1/rho), what a step takes off the way to the consensus; stable below 1.36")
+    assert lines["mode"] == ("train", "the parameters hold y = x: a period begins")
+    for _ in range(4):
+        optimizer.step()
+    lines, _ = read(optimizer.describe())
+    assert (lines["rho"][0], lines["pull"][0]) == ("1", "0.4")
+    assert "consensus" in optimizer.state[p]
+
+    optimizer, p = other("elastic", 0.5, lr=0.2, rho=4.0, weight_decay=0.25, temperature=0.01, momentum=0.5)
+    lines, advice = read(optimizer.describe())
+    assert advice == []
+    words = "lr, the step along the gradient; with momentum effectively 0.4; stable for curvatures of the loss up to 7.5"
+    assert lines["step"] == ("0.2", words)
+    assert lines["weight decay"] == ("0.25", "in the gradient: a part 0.1 of y a step, with momentum")
+    assert lines["drift"][0] == "0.1"
+    assert lines["noise"][0] == number(math.sqrt(2.0 * 0.2 * 0.01))
+    assert lines["replicas"][1].startswith("the mean is taken every step, over 2 replicas; ")
+    assert lines["rho"] == ("4", "fixed: rho_scoping=0")
+    assert lines["pull"] == ("0.05", "lr/rho, what a step takes off the way to the consensus; stable below 1.5")
+    assert lines["cost"][0] == "1"
+    optimizer.step()
+    lines, _ = read(optimizer.describe())
+    assert lines["mode"] == ("train", "the parameters hold the live weights y; eval() shows the anchor x"), "y is never reset"
+
+    lines, advice = told_of("one of parle", rho=0.5)
+    assert (advice, lines["replicas"]) == ([], ("1", "the mean is taken every 25 steps, over 1 replica"))
+    assert lines["pull"][0] == "0.3"
+
+
+MOMENTA = [(0.9, True), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in [(0.9, False), (0.5, True), (0.0, False)])]
+
+
+@pytest.mark.parametrize(("momentum", "nesterov"), MOMENTA)
+@pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_outer_steps_of_parle_diverge_beyond_the_limit(momentum: float, nesterov: bool, n: int) -> None:
+    """Where a period brings all replicas to one minimum, so that m is at c: here in one step, to 0."""
+    lr, limit = 0.4, 2.0 * (1.0 + momentum) / (1.0 + 2.0 * momentum if nesterov else 1.0)
+    for share in (0.98, 1.02):
+        rho = 1.0 / (share * limit / lr - 1.0)
+        params = [nn.Parameter(torch.tensor([float(a + 1)], dtype=torch.float64)) for a in range(n)]
+        to_the_minimum = {"inner_steps": 1, "inner_lr": 1.0, "inner_momentum": 0.0, "gamma": math.inf, "averaging": "last"}
+        with contextlib.nullcontext() if share < 1.0 else pytest.warns(UserWarning, match=r"diverge, as lr\*\(1 \+ 1/rho\) = "):
+            optimizer = dr.Parle(
+                replicas=[[p] for p in params],
+                **{"lr": lr, "momentum": momentum, "nesterov": nesterov, "rho": rho, "rho_scoping": 0.0, "seed": 0},
+                **to_the_minimum,
+            )
+        lines, advice = read(optimizer.describe())
+        assert lines["pull"][0] == number(share * limit)
+        assert lines["pull"][1].endswith(f"stable below {number(limit)}")
+        assert any("makes their steps diverge" in one for one in advice) == (share > 1.0)
+        for _ in range(200):
+            for p in params:
+                p.grad = p.detach().clone()
+            optimizer.step()
+        apart = float((params[0] - params[-1]).detach().abs())
+        assert (apart > n - 1.0) == (share > 1.0)
+
+
+@pytest.mark.parametrize("coupling_in_momentum", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("momentum", "nesterov"), MOMENTA)
+def test_replicas_of_elastic_sgd_diverge_beyond_the_limit(momentum: float, nesterov: bool, coupling_in_momentum: bool) -> None:
+    """Where the loss is flat; their mean stays."""
+    seen = momentum if coupling_in_momentum else 0.0
+    lr, limit = 0.1, 2.0 * (1.0 + seen) / (1.0 + 2.0 * seen if nesterov else 1.0)
+    for share in (0.98, 1.02):
+        params = [nn.Parameter(torch.tensor([1.0 + a], dtype=torch.float64)) for a in (-0.5, 0.5)]
+        with contextlib.nullcontext() if share < 1.0 else pytest.warns(UserWarning, match="diverge, as lr/rho = "):
+            optimizer = dr.ElasticSGD(
+                replicas=[[p] for p in params],
+                **{"lr": lr, "momentum": momentum, "nesterov": nesterov, "coupling_in_momentum": coupling_in_momentum},
+                **{"rho": lr / (share * limit), "rho_scoping": 0.0, "seed": 0},
+            )
+        for step in range(200):
+            for p in params:
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+            if step == 0:  # x of each began at itself: now it is the mean, and they are pulled to it from here on
+                assert float(optimizer.state[params[0]]["anchor"]) == pytest.approx(1.0)
+        assert (float((params[0] - params[1]).detach().abs()) > 1.0) == (share > 1.0)
+        assert share > 1.0 or float((params[0] + params[1]).detach()) == pytest.approx(2.0)

@@ -22,9 +22,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optim_histories import (
     ALL,
+    ELASTIC_SGD,
     ENTROPY_SGD,
     FIXED_POINT,
     HEAT,
+    PARLE,
     PROX,
     SAMPLES,
     Clocked,
@@ -36,6 +38,7 @@ from optim_histories import (
     assert_same,
     every,
     histories,
+    over_capturable_methods,
     over_methods,
     play_alike,
 )
@@ -59,7 +62,7 @@ def test_backends_agree(method: Method, data: st.DataObject) -> None:
     play_alike(*(Player(history, backend=name) for name in backends.available("cpu")))
 
 
-@over_methods
+@over_capturable_methods
 @every(25)
 @given(data=st.data())
 @pytest.mark.slow
@@ -101,6 +104,7 @@ class ByHand(Player):
         "gradient_average": "p",
         "momentum": "v",
         "outer_momentum": "w",
+        "consensus": "consensus",
         "master": "master",
     }
 
@@ -126,9 +130,16 @@ class ByHand(Player):
         n = self.outer_steps
         if group.get("gamma_total") is not None:
             return max(group["gamma_min"], group["gamma_total"] - n * self.options["inner_steps"] * group["inner_lr"])
+        if "gamma" not in group:
+            return math.inf
         if group.get("scoping", 0.0) == 0.0 or group["gamma"] == math.inf:
             return group["gamma"]
         return max(group["gamma_min"], group["gamma"] / (1.0 + group["scoping"]) ** n)
+
+    def rho(self, group: dict[str, Any]) -> float:
+        if group["rho_scoping"] == 0.0 or group["rho"] == math.inf:
+            return group["rho"]
+        return max(group["rho_min"], group["rho"] / (1.0 + group["rho_scoping"]) ** self.outer_steps)
 
     def step(self, mask: int, layout: int) -> None:
         self.grads = self.gradients(mask)
@@ -142,7 +153,7 @@ class ByHand(Player):
         if all(g is None for g in self.grads):
             return
         self.train()
-        ends = self.position + 1 == self.options.get("inner_steps")
+        ends = self.position + 1 == self.options.get("inner_steps") or self.history.method is ELASTIC_SGD
         for group in self.groups:
             for i in group["members"]:
                 if self.grads[i] is not None or (ends and self.states[i]):
@@ -161,21 +172,28 @@ class ByHand(Player):
             state["period_steps"] += 1
         arrays = {"y": in_memory(p, p)} | ({} if grad is None else {"g": in_memory(grad, p)})
         arrays |= {name: in_memory(state[role], p) for role, name in self.ROLES.items() if role in state}
-        new = oracle.update(
-            arrays,
-            **self.formula(group, state.get("period_steps"), ends),
-            inner=grad is not None,
-            wd=group["weight_decay"],
-            maximize=group["maximize"],
-            lr=group["lr"],
-            mu_o=group.get("momentum", 0.0),
-            wd_o=group.get("outer_weight_decay", 0.0),
-            nesterov_o=group.get("nesterov", False),
-            seed=self.options["seed"],
-            step=self.taken,
-            number=i,
-            rounding=self.options.get("rounding", "nearest") if p.dtype == torch.bfloat16 else "nearest",
-        )
+        numbers = self.formula(group, state.get("period_steps"), ends)
+        common = {
+            "wd": group["weight_decay"],
+            "maximize": group["maximize"],
+            "lr": group["lr"],
+            "mu_o": group.get("momentum", 0.0),
+            "wd_o": group.get("outer_weight_decay", 0.0),
+            "nesterov_o": group.get("nesterov", False),
+            "seed": self.options["seed"],
+            "step": self.taken,
+            "number": i,
+            "rounding": self.options.get("rounding", "nearest") if p.dtype == torch.bfloat16 else "nearest",
+        }
+        if self.history.method in (PARLE, ELASTIC_SGD):
+            arrays = oracle.update(arrays, **{**numbers, "outer": False}, **common, inner=grad is not None)
+            y = arrays.get("master", oracle.widen(arrays["y"]))
+            if ends and self.history.method is ELASTIC_SGD:  # the mean of one replica is that replica
+                arrays["x"] = y
+            elif ends:
+                arrays["consensus"] = arrays["m" if self.options["consensus"] == "averages" else "x"]
+            grad = None
+        new = oracle.update(arrays, **numbers, **common, inner=grad is not None)
         p.copy_(out_of_memory(new["y"], p))
         state |= {role: out_of_memory(new[name], p) for role, name in self.ROLES.items() if role in state}
 
@@ -189,7 +207,19 @@ class ByHand(Player):
         if method is PROX:
             pulled = {"eta": group["inner_lr"], "k": 1.0 / gamma, "mu": group["inner_momentum"], "nesterov": group["nesterov"]}
             return {"family": "langevin", "outer": ends, "a": 1.0, **pulled}
-        if method is ENTROPY_SGD:
+        if method is ELASTIC_SGD:
+            return {
+                "family": "langevin",
+                "outer": False,
+                "eta": group["lr"],
+                "k": 1.0 / self.rho(group),
+                "s": math.sqrt(2.0 * group["lr"] * group["temperature"]),
+                "mu": group["momentum"],
+                "damp1": 1.0 - group["dampening"],
+                "nesterov": group["nesterov"],
+                "coupling_in_momentum": self.options["coupling_in_momentum"],
+            }
+        if method in (ENTROPY_SGD, PARLE):
             averaging = {"linear": plain_mean, "last": 1.0}.get(group["averaging"])
             return {
                 "family": "langevin",
@@ -202,6 +232,7 @@ class ByHand(Player):
                 "damp1": 1.0 - group["dampening"],
                 "nesterov": group["nesterov"],
                 "coupling_in_momentum": self.options["coupling_in_momentum"],
+                **({"kr": 1.0 / self.rho(group)} if method is PARLE else {}),
             }
         moves = {"family": "gradient_average", "outer": ends and count >= 1}  # without a gradient there is nothing to go along
         if method is HEAT:
@@ -217,6 +248,8 @@ class ByHand(Player):
         master = {"master": x.clone()} if self.options.get("master_weights") and p.dtype.itemsize == 2 else {}
         if method is SAMPLES:
             return master | ({} if group["gamma"] == math.inf else {"anchor": x})
+        if method is ELASTIC_SGD:
+            return master | {"anchor": x} | ({"momentum": torch.zeros_like(x)} if group["momentum"] else {})
         means = method in (FIXED_POINT, HEAT)
         counted = means or group["averaging"] == "linear"
         return {
@@ -225,6 +258,7 @@ class ByHand(Player):
             **({"momentum": torch.zeros_like(x)} if group.get("inner_momentum") else {}),
             **({"outer_momentum": torch.zeros_like(x)} if group["momentum"] else {}),
             **({"period_steps": -1 if method is HEAT else 0} if counted else {}),
+            **({"consensus": x.clone()} if method is PARLE else {}),
             **master,
         }
 
@@ -264,7 +298,7 @@ class ByHand(Player):
 
     def reset(self) -> None:
         for p, state in self.stepped():
-            for role in state.keys() & {"anchor", "average", "master", "live"}:
+            for role in state.keys() & {"anchor", "average", "consensus", "master", "live"}:
                 state[role].copy_(p)
         self.begin_anew()
 
@@ -286,6 +320,7 @@ class ByHand(Player):
         for group in self.groups:
             shown = {"lr": group["lr"], "gamma": self.gamma(group), "seed": self.options["seed"], "train_mode": self.training}
             shown |= {"step": self.taken, "position": self.position, "outer_steps": self.outer_steps}
+            shown |= {"rho": self.rho(group)} if "rho" in group else {}
             for i in group["members"]:
                 facts |= self.facts_of(self.params[i], self.states[i], shown)
         return facts

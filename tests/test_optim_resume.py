@@ -97,6 +97,16 @@ RUNS = {
     "SGLD free": Kind(
         {"weight_decay": 0.01}, method="SGLD free", has_gradient=lambda name, step: name != "bias" or step % 3 != 1
     ),
+    "Parle": Kind(
+        {"consensus": "anchors", "averaging": "linear"},
+        groups=({"lr": 0.5, "rho": 4.0}, {"momentum": 0.0}),
+        method="Parle",
+        has_gradient=with_gaps,
+        scheduled=True,
+    ),
+    "Parle stochastic": Kind({"rounding": "stochastic"}, (torch.bfloat16, torch.float64), method="Parle"),
+    "ElasticSGD": Kind({"master_weights": True}, (torch.bfloat16, torch.float32), method="ElasticSGD"),
+    "ElasticSGD gaps": Kind({"nesterov": False}, method="ElasticSGD", has_gradient=with_gaps),
 }
 #: Other numbers throughout: what a run goes on with has to come from the checkpoint.
 OTHER_OPTIONS = {
@@ -109,6 +119,9 @@ OTHER_OPTIONS = {
     "averaging": 0.1,
     "momentum": 0.3,
     "inner_momentum": 0.2,
+    "rho": 5.0,
+    "rho_scoping": 0.4,
+    "consensus": "averages",
     "seed": 12345,
 }
 
@@ -277,6 +290,8 @@ def test_resume_in_a_fresh_process_is_bitwise(resumed: dict[str, Any], name: str
         "HeatSGD",
         "SGLD",
         "SGLD free",
+        "Parle",
+        "ElasticSGD gaps",
     ]
 )
 def kind(request: pytest.FixtureRequest) -> Kind:
@@ -468,7 +483,7 @@ def options_of(kind: Kind) -> dict[str, Any]:
 
 DCP_RUNS = ("float32", "float32 linear", "bfloat16 stochastic", "bfloat16 True", "float64 3.0 0.5", "mixed")
 #: The new optimizer's state comes from a phantom step, with what a method counts at its beginning.
-DCP_OTHERS = ("HamiltonJacobi linear", "prox", "HeatSGD stochastic", "SGLD", "SGLD free")
+DCP_OTHERS = ("HamiltonJacobi linear", "prox", "HeatSGD stochastic", "SGLD", "SGLD free", "Parle stochastic", "ElasticSGD")
 
 
 @pytest.fixture(params=[False, True], ids=["nested", "flat"])
@@ -499,7 +514,7 @@ def test_distributed_checkpoint_resumes(name: str, position: int, dcp_options: S
 
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("position", [1, L, L + 1])
-@pytest.mark.parametrize("name", [*DCP_RUNS, "prox", "HeatSGD stochastic", "SGLD"])
+@pytest.mark.parametrize("name", [*DCP_RUNS, "prox", "HeatSGD stochastic", "SGLD", "Parle stochastic", "ElasticSGD"])
 def test_distributed_checkpoint_resumes_in_eval_mode_where_there_are_live_weights(
     name: str, position: int, dcp_options: StateDictOptions, tmp_path: Path
 ) -> None:

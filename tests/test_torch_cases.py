@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from lone_replicas import LoneElasticSGD, LoneParle
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ConstantLR, ExponentialLR, LinearLR, PolynomialLR, ReduceLROnPlateau, StepLR
@@ -47,6 +48,8 @@ from deeprelax_cuda.steps import compute_type
 
 # torch's test modules forbid the whole process to set flags such as torch.backends.cudnn.benchmark: other tests may want to.
 torch.backends.__allow_nonbracketed_mutation_flag = True  # type: ignore[attr-defined]
+
+pytestmark = pytest.mark.filterwarnings("ignore:rho=.*make their steps diverge")  # of runs that end long before
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
@@ -124,15 +127,40 @@ def sgld_inputs(device: str, dtype: torch.dtype | None = None) -> list[Optimizer
     return [OptimizerInput(None, kwargs, desc) for desc, kwargs in options.items()]
 
 
+def parle_inputs(device: str, dtype: torch.dtype | None = None) -> list[OptimizerInput]:
+    options: dict[str, dict[str, Any]] = {
+        "anchors, tensor lr": {"consensus": "anchors", "lr": torch.tensor(0.25), "rho": 2.0, "gamma": 5.0},
+        "rho_scoping, decays": {"rho": 3.0, "rho_scoping": 0.1, "weight_decay": 0.1, "outer_weight_decay": 0.1},
+        "warm, linear": {"temperature": 1e-4, "averaging": "linear", "nesterov": False, "reset_inner_momentum": True},
+        "maximize, no coupling": {"rho": torch.inf, "maximize": True, "momentum": 0.0, "master_weights": True},
+    }
+    if dtype != F16:
+        options["stochastic rounding"] = {"rounding": "stochastic", "consensus": "anchors"}
+    # Within the 25 steps of a period, the default, the answer stays where it is.
+    return [OptimizerInput(None, {"inner_steps": 5}, "default"), *in_short_periods(options)]
+
+
+def elastic_sgd_inputs(device: str, dtype: torch.dtype | None = None) -> list[OptimizerInput]:
+    options: dict[str, dict[str, Any]] = {
+        "default": {},
+        "no momentum, tensor lr": {"lr": torch.tensor(0.25), "momentum": 0.0, "weight_decay": 0.1},
+        "warm, scoping": {"temperature": 1e-6, "rho": 3.0, "rho_scoping": 0.1, "nesterov": False, "dampening": 0.2},
+        "maximize": {"maximize": True, "rho": torch.inf, "coupling_in_momentum": False, "master_weights": True},
+    }
+    if dtype != F16:
+        options["stochastic rounding"] = {"rounding": "stochastic"}
+    return [OptimizerInput(None, kwargs, desc) for desc, kwargs in options.items()]
+
+
 def with_grad(p: Tensor, grad: Tensor) -> nn.Parameter:
     p = nn.Parameter(p)
     p.grad = grad
     return p
 
 
-def refused(desc: str, message: str, error: type = ValueError, **options: Any) -> ErrorOptimizerInput:
-    p = nn.Parameter(torch.ones(2))
-    return ErrorOptimizerInput(OptimizerInput([p], options, desc), error_type=error, error_regex=message)
+def refused(desc: str, message: str, error: type = ValueError, params: Any = None, **options: Any) -> ErrorOptimizerInput:
+    params = [nn.Parameter(torch.ones(2))] if params is None else params
+    return ErrorOptimizerInput(OptimizerInput(params, options, desc), error_type=error, error_regex=message)
 
 
 def refused_group(desc: str, message: str, **options: Any) -> ErrorOptimizerInput:
@@ -236,6 +264,45 @@ def sgld_errors(device: str, dtype: torch.dtype) -> list[ErrorOptimizerInput]:
     ]
 
 
+def replica_errors(errors: list[ErrorOptimizerInput]) -> list[ErrorOptimizerInput]:
+    """What they refuse, where torch says that one tensor is no list of parameters in words of its own."""
+    return [
+        *(e for e in errors if "params argument given" not in e.error_regex),
+        refused("capturable", "^capturable: expected False, as the host", capturable=True),
+        refused("rho of 0", "^rho: expected a number", rho=0.0),
+        refused("negative rho_min", "^rho_min: expected a number", rho_min=-0.1),
+        refused("negative rho_scoping", "^rho_scoping: expected a number", rho_scoping=-0.1),
+        refused("negative temperature", "^temperature: expected a number", temperature=-1e-4),
+        refused(
+            "one tensor",
+            r"^replicas\[0\]: expected the parameters of a replica, got one tensor",
+            TypeError,
+            params=torch.ones(2),
+        ),
+    ]
+
+
+def parle_errors(device: str, dtype: torch.dtype) -> list[ErrorOptimizerInput]:
+    return [
+        *replica_errors(loop_errors(device, dtype)),
+        refused("momentum of 1", "^inner_momentum: expected a number", inner_momentum=1.0),
+        refused("unknown averaging", "^averaging: expected one of", averaging="mean"),
+        refused("unknown consensus", "^consensus: expected one of", consensus="median"),
+    ]
+
+
+def elastic_sgd_errors(device: str, dtype: torch.dtype) -> list[ErrorOptimizerInput]:
+    absent = {"inner_steps": 3, "gamma": 2.0, "scoping": 0.1, "outer_weight_decay": 0.1, "closure_mode": "inner_loop"}
+    common = [e for e in common_errors(device, dtype) if "^gamma" not in e.error_regex]
+    return [
+        *replica_errors(common),
+        refused("momentum of 1", "^momentum: expected a number", momentum=1.0),
+        refused("dampening of 2", "^dampening: expected a number", dampening=2.0),
+        *(refused(name, name, TypeError, **{name: value}) for name, value in absent.items()),
+        *(refused_group(f"{k} of a group", f"^{k}: ElasticSGD has no such option", **{k: v}) for k, v in absent.items()),
+    ]
+
+
 SCHEDULES: list[list[Callable[[Any], Any]]] = [
     [lambda o: StepLR(o, gamma=0.9, step_size=10)],
     [lambda o: LinearLR(o, start_factor=0.4, total_iters=4)],
@@ -246,7 +313,7 @@ SCHEDULES: list[list[Callable[[Any], Any]]] = [
 ]
 
 #: What a state of any age has.
-EVER = {"lr", "gamma", "inner_lr", "seed"}
+EVER = {"lr", "gamma", "inner_lr", "seed", "rho", "replicas"}
 
 
 def info_of(method: Any, inputs: Callable[..., list[OptimizerInput]], errors: Callable[..., Any]) -> OptimizerInfo:
@@ -269,6 +336,8 @@ INFOS = [
     info_of(HamiltonJacobi, hamilton_jacobi_inputs, hamilton_jacobi_errors),
     info_of(HeatSGD, heat_sgd_inputs, heat_sgd_errors),
     info_of(SGLD, sgld_inputs, sgld_errors),
+    info_of(LoneParle, parle_inputs, parle_errors),
+    info_of(LoneElasticSGD, elastic_sgd_inputs, elastic_sgd_errors),
 ]
 
 
@@ -306,11 +375,18 @@ def plain(info: OptimizerInfo) -> Case:
 
 
 def cases(flags: tuple[dict[str, Any], ...] = ({},)) -> list[Any]:
-    """Return every method with each of its inputs and each of the flags, as parameters of a test."""
+    """Return every method with each of its inputs and each of the flags, as parameters of a test.
+
+    Of a replica alone the first input is quick: it takes the steps of Entropy-SGD, with which all are.
+    """
     return [
-        pytest.param(Case(info, {**one.kwargs, **flag}), id=" ".join((info.name, one.desc, *flag)))
+        pytest.param(
+            Case(info, {**one.kwargs, **flag}),
+            id=" ".join((info.name, one.desc, *flag)),
+            marks=[pytest.mark.slow] if i and info.optim_cls in (LoneParle, LoneElasticSGD) else [],
+        )
         for info in INFOS
-        for one in inputs_of(info)
+        for i, one in enumerate(inputs_of(info))
         for flag in flags
     ]
 
@@ -561,8 +637,8 @@ def test_errors(info: OptimizerInfo) -> None:
 def test_invalid_params(info: OptimizerInfo) -> None:
     p = nn.Parameter(torch.ones(2))
     for params, error, message in (
-        ([], ValueError, "empty parameter list"),
-        (iter(()), ValueError, "empty parameter list"),
+        ([], ValueError, "empty parameter list|expected parameters, got none"),
+        (iter(()), ValueError, "empty parameter list|expected parameters, got none"),
         ([p * 2], ValueError, "can't optimize a non-leaf Tensor"),
         ([1.0], TypeError, "can only optimize Tensors"),
         ([{"params": {p}}], TypeError, "ordered collections"),

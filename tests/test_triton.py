@@ -32,7 +32,7 @@ from contract_cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from optim_histories import Clocked, Method, Player, every, histories, over_methods, play_alike
+from optim_histories import Clocked, Method, Player, every, histories, over_capturable_methods, over_methods, play_alike
 
 from deeprelax_cuda.backends import cpu, triton, triton_launch
 from deeprelax_cuda.noise import Place, as_place
@@ -235,7 +235,7 @@ def test_histories_of_an_optimizer(method: Method, data: st.DataObject) -> None:
 
 
 @pytest.mark.slow
-@over_methods
+@over_capturable_methods
 @every(4)
 @given(data=st.data())
 def test_histories_of_an_optimizer_with_clocks(method: Method, data: st.DataObject) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from contract_cases import TRITON
+from lone_replicas import LoneElasticSGD, LoneParle
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -288,6 +289,8 @@ MAKERS: dict[str, Callable[..., Optimizer]] = {
     "HeatSGD": dr.HeatSGD,
     "two steps": partial(dr.HeatSGD, inner_steps=2),
     "SGLD": partial(dr.SGLD, lr=0.1, temperature=1e-3),
+    "Parle": partial(LoneParle, inner_steps=4, temperature=1e-3),
+    "ElasticSGD": LoneElasticSGD,
 }
 
 

@@ -219,7 +219,8 @@ class RelaxationOptimizer(Method):
     def at_outer_boundary(self) -> bool:
         """Whether the anchor has just moved, and a new period starts with the next step.
 
-        The parameters hold the anchor then, but for those of `deeprelax_cuda.HeatSGD`, which are always perturbed.
+        The parameters hold the anchor then, but for those of `deeprelax_cuda.HeatSGD`, which are always perturbed, and of
+        `deeprelax_cuda.ElasticSGD`, which are never reset.
         """
         first = self.param_groups[0]
         return bool(first["step"] > 0 and first["position"] == 0)

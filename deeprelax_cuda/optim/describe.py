@@ -242,7 +242,7 @@ def _run(optimizer: RelaxationOptimizer) -> Notes:
         notes.line("run", f"{position} of {length}", words)
         if not first["train_mode"]:
             notes.line("mode", "eval", f"the parameters hold {answer}; train() brings the live weights y back")
-        elif position or optimizer._law(first).gamma == "variance":
+        elif position or not optimizer.ENDS_AT_ANCHOR:
             notes.line("mode", "train", f"the parameters hold the live weights y; eval() shows {answer}")
         else:
             notes.line("mode", "train", "the parameters hold y = x: a period begins")

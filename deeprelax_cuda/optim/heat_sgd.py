@@ -67,6 +67,7 @@ class HeatSGD(RelaxationOptimizer):
     WITHOUT: ClassVar[Mapping[str, Any]] = {"gamma_total": None}
     GAMMAS: ClassVar[str] = "(0, inf)"
     FIRST_COUNT: ClassVar[int] = -1  # the gradient at x itself
+    ENDS_AT_ANCHOR: ClassVar[bool] = False
     OUTER_STEP: ClassVar[str] = "lr, the step of x along p"
     LR: ClassVar[str] = "the step along the mean gradient, 0.1 or so, once in inner_steps calls"
     SMALLEST_USEFUL_LR: ClassVar[float] = 1e-3

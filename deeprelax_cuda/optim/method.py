@@ -40,6 +40,8 @@ class Method(TwoWeights):
     WIDTH: ClassVar[str] = "gamma"
     #: The interval of the width; without inf, where the formula has it itself and not its reciprocal.
     GAMMAS: ClassVar[str] = "(0, inf]"
+    #: Whether the parameters hold the anchor when an outer step has been taken.
+    ENDS_AT_ANCHOR: ClassVar[bool] = True
     #: An lr below this leaves the anchor where it is; it is what trainers pass to other optimizers.
     SMALLEST_USEFUL_LR: ClassVar[float] = 0.01
     #: What lr is, in words: for `describe`, and for who has set it too low.

@@ -22,7 +22,7 @@ from deeprelax_cuda.optim.describe_langevin import KEEPS_DIGITS
 from deeprelax_cuda.optim.options import warn_user
 from deeprelax_cuda.optim.scoping import rho_of
 
-PARLE_LEGEND = "y live weights, x anchor, m average of y, c consensus of replicas (the answer), L inner_steps, h a curvature"
+PARLE_LEGEND = "y live weights, x anchor, m average of y, c consensus (the answer), L inner_steps, h a curvature"
 ELASTIC_LEGEND = "y live weights, x mean of the replicas (the answer), h a curvature"
 
 
@@ -46,12 +46,20 @@ def momentum_of(group: dict[str, Any]) -> Momentum:
     )
 
 
+def is_alone(group: dict[str, Any]) -> bool:
+    """Return whether rho does nothing, as what the one replica is pulled to is what it is pulled from.
+
+    One replica of Parle that takes the mean of averages is pulled from x to its own m.
+    """
+    return group["replicas"] == 1 and group.get("consensus") != "averages"
+
+
 def overshoot(group: dict[str, Any], step: Callable[[dict[str, Any], float], float]) -> str | None:
     """Return a warning where the coupling of replicas makes their steps diverge, now or at the floor of rho."""
     limit = stability_limit(momentum_of(group), coupling=True)
     now = float(group["rho"])
     last = float(group["rho_min"]) if group["rho_scoping"] and now < math.inf else now
-    if last == math.inf or step(group, last) < limit:
+    if is_alone(group) or last == math.inf or step(group, last) < limit:
         return None
     first = steps_until_below(lambda n: -limit if step(group, _rho_after(group, n)) >= limit else 0.0, -limit)
     when = "" if not first else f" from {outer_step(first, group['inner_steps'])} on"
@@ -80,7 +88,8 @@ def coupling_notes(group: dict[str, Any], step: Callable[[dict[str, Any], float]
         words += f"; over ranks each sends 2(n - 1)/n = {number(2.0 * (n - 1) / n)} times the bytes of its parameters for it"
     notes.line("replicas", f"{n:,}", words)
     notes += width_notes(group, "rho", "rho_scoping", lambda k: _rho_after(group, k))
-    if rho < math.inf:
+    notes.advise(rho < math.inf and is_alone(group), "rho does nothing, as there is one replica.")
+    if rho < math.inf and not is_alone(group):
         formula = "lr*(1 + 1/rho)" if step is parle_step else "lr/rho"
         limit = stability_limit(momentum_of(group), coupling=True)
         words = f"{formula}, what a step takes off the way to the consensus; stable below {number(limit)}"
@@ -108,6 +117,9 @@ def elastic_notes(group: dict[str, Any], seen: Seen) -> Notes:
     words = f"standard deviation a step, sqrt(2*lr*T) for temperature T = 1/beta = {number(temperature)}"
     notes.line("noise", number(std), words if std else "none")
     notes.advise(lr == 0.0, "lr=0: the replicas stand still.")
+    notes.advise(whole == 0.0 < lr, "dampening=1 without nesterov: no gradient ever reaches y; lower dampening.")
+    notes.advise(bool(group["dampening"]) and not momentum.mu, "dampening: without effect, as momentum=0.")
+    notes.advise(momentum.nesterov and not momentum.mu, "nesterov=True is ignored, as momentum is 0.")
     sizes = {"noise": std, "drift": drift if seen.gradients else 0.0}
     return notes + digits_notes(sizes, seen.held, KEEPS_DIGITS, "it wants a larger lr") + coupling_notes(group, elastic_step)
 

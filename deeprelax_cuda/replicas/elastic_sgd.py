@@ -82,6 +82,7 @@ class ElasticSGD(ReplicaOptimizer):
         "gamma": math.inf,
     }
     SHARED: ClassVar[tuple[str, ...]] = (*ReplicaOptimizer.SHARED, "coupling_in_momentum")
+    ENDS_AT_ANCHOR: ClassVar[bool] = False
     OUTER_STEP: ClassVar[str] = "lr, the step along the gradient"
     LR: ClassVar[str] = "the step along the gradient"
     SMALLEST_USEFUL_LR: ClassVar[float] = 0.0

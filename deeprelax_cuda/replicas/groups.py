@@ -143,14 +143,19 @@ class OverRanks:
     def _add_up(self, layout: Layout, sent: Tensor, received: Tensor) -> None:
         """Let ``received`` be the mean of what all ranks have ``sent``, which is overwritten."""
         dist.all_to_all_single(received, sent, group=self._group)
+        total, *others = received.view(self.size, layout.slice_bytes)
         begin = self._rank * layout.slice_bytes
-        first, *others = received.view(self.size, layout.slice_bytes)
-        own = sent[begin : begin + layout.slice_bytes].copy_(first)
-        parts = layout.parts(own, begin)
+        parts = layout.parts(total, begin)
         for row in others:
             add_(parts, layout.parts(row, begin))
         divide_(parts, self.size)
-        _all_gather(received, own, self._group)
+        slices = sent.view(self.size, layout.slice_bytes)
+        if _backend(self._group, sent.device) == "gloo":
+            # Its all-gather allocates the result once more and copies it, which takes longer than the messages.
+            slices.copy_(total)
+            dist.all_to_all_single(received, sent, group=self._group)
+        else:
+            _all_gather(received, slices[0].copy_(total), self._group)
 
     def _fitting(self, tensors: list[Tensor]) -> tuple[Layout, Buffer, Buffer]:
         device = tensors[0].device if tensors else torch.device("cpu")
@@ -234,8 +239,13 @@ def _list(names: Sequence[str]) -> str:
 
 def _serves(group: dist.ProcessGroup, device: torch.device) -> bool:
     """Whether tensors on the device are exchanged from there; gloo has not all of it for others than the CPU's."""
-    served = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
-    return device.type in served and (device.type == "cpu" or served[device.type] != "gloo")
+    backend = _backend(group, device)
+    return backend is not None and (device.type == "cpu" or backend != "gloo")
+
+
+def _backend(group: dist.ProcessGroup, device: torch.device) -> str | None:
+    """Return the name of what serves a device's tensors."""
+    return dict(pair.split(":") for pair in dist.get_backend_config(group).split(",")).get(device.type)
 
 
 def _all_gather(output: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:

@@ -143,7 +143,11 @@ class Parle(ReplicaOptimizer, LangevinLoop):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        check_choice("consensus", group["consensus"], ("averages", "anchors"))
+        _check_consensus(group)
+
+    def _check_rules(self, group: dict[str, Any]) -> None:
+        super()._check_rules(group)
+        _check_consensus(group)
 
     def _roles(self, group: dict[str, Any], dtype: torch.dtype) -> list[str]:
         return [*super()._roles(group, dtype), "consensus"]
@@ -153,7 +157,11 @@ class Parle(ReplicaOptimizer, LangevinLoop):
         return {**super()._own_scalars(group, dtype), "kr": round_scalar("1/rho", 1.0 / rho, dtype)}
 
     def _legend(self, group: dict[str, Any]) -> str:
-        return PARLE_LEGEND
+        return PARLE_LEGEND if group["replicas"] > 1 else super()._legend(group)
 
     def _notes(self, group: dict[str, Any], seen: Seen) -> Notes:
         return super()._notes(group, seen) + coupling_notes(group, parle_step)
+
+
+def _check_consensus(group: dict[str, Any]) -> None:
+    check_choice("consensus", group["consensus"], ("averages", "anchors"))

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from device_runs import (
+    CAPTURABLE,
     DEVICE,
     KERNELS,
-    METHODS,
     NEEDS_GPU,
     L,
     assert_lists_equal,
@@ -52,7 +52,7 @@ KINDS: list[dict[str, Any]] = [
     {"method": "SGLD"},
     {"method": "SGLD", "dtype": torch.float16, "weight_decay": 0.01},
 ]
-over_methods = pytest.mark.parametrize("method", METHODS)
+over_methods = pytest.mark.parametrize("method", CAPTURABLE)
 
 
 class Run:

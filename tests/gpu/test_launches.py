@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from device_runs import DEVICE, KERNELS, METHODS, NEEDS_GPU, NEEDS_TRITON, L, lists_on, optimizer_of
+from device_runs import CAPTURABLE, DEVICE, KERNELS, NEEDS_GPU, NEEDS_TRITON, L, lists_on, optimizer_of
 from step_lists import BF16, F16, F32, F64, STEPS, Lists
 from torch import nn
 
@@ -65,7 +65,7 @@ def test_new_gradients_are_no_more_launches(label: str) -> None:
 
 @pytest.mark.parametrize("label", KERNELS)
 @pytest.mark.parametrize("capturable", [False, True], ids=["host", "clock"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CAPTURABLE)
 def test_launches_of_each_method(method: str, capturable: bool, label: str) -> None:
     """One a step at any position of a period; a clock is one more."""
     params = [nn.Parameter(torch.randn(7 + i, device=DEVICE)) for i in range(5)]
