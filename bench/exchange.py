@@ -139,9 +139,9 @@ def measure_list(name: str, shapes: Sequence[Shape], link: Link, seconds: float)
     generator = torch.Generator().manual_seed(dist.get_rank())
     tensors = [torch.randn(shape, generator=generator) for shape in shapes]
     flat = torch.zeros(parameters)
-    group, facts = OverRanks(dist.distributed_c10d._get_default_group()), Facts(0, 0, PERIOD, parameters=0, finite=True)
+    group, facts = OverRanks(dist.distributed_c10d._get_default_group()), Facts(0, 0, PERIOD, parameters=0)
     contenders: dict[str, Callable[[], object]] = {
-        EXCHANGE: lambda: group.mean([tensors], facts),
+        EXCHANGE: lambda: group.mean([tensors], [facts]),
         ALL_REDUCE: lambda: dist.all_reduce(flat),
     }
     parts: dict[str, list[float]] = {}

@@ -134,9 +134,12 @@ def faults(rank: int) -> dict[str, Any]:
 def disagreements(rank: int) -> dict[str, str]:
     """Differ from the others in what all must have in common; return the errors."""
     said = {}
-    for name in ("seed", "inner_steps", "parameters", "steps"):
+    for name in ("seed", "inner_steps", "parameters", "kind", "steps"):
         model = Mixed(DTYPES["float32"])
-        optimizer = make("Parle", [model], world(), seed=11 + (name == "seed" and rank == 1))
+        spoilt: dict[str, Any] = {"seed": 2**64 - 2 + rank} if name == "seed" else {}
+        if name == "kind" and rank == 1:
+            spoilt = {"consensus": "anchors"}
+        optimizer = make("Parle", [model], world(), **spoilt)
         if name == "parameters" and rank == 1:
             model.weights[4].requires_grad_(False)
         for step in range(L - 1):
@@ -259,3 +262,63 @@ def noise(rank: int) -> list[Tensor]:
         p.grad = torch.zeros_like(p)
     optimizer.step()
     return [p.detach().clone() for p in params]
+
+
+def wide_beside_narrow(rank: int, steps: int) -> int:
+    """Exchange a float64 tensor that does not fill its slices beside a float32 one; return the steps taken."""
+    params = [nn.Parameter(torch.randn(2, dtype=torch.float64)), nn.Parameter(torch.randn(1))]
+    optimizer = dr.ElasticSGD(params, group=world(), seed=0, temperature=1e-3)
+    for _ in range(steps):
+        for p in params:
+            p.grad = p.detach().clone()
+        optimizer.step()
+    return int(optimizer.stats()["steps"])
+
+
+def nothing_to_exchange(rank: int) -> int:
+    """Step with parameters without elements alone."""
+    p = nn.Parameter(torch.empty(0, 3))
+    optimizer = dr.ElasticSGD([p], group=world(), seed=0)
+    p.grad = torch.empty(0, 3)
+    optimizer.step()
+    return int(optimizer.stats()["steps"])
+
+
+def outside(rank: int) -> str:
+    """Make an optimizer on a rank that its group has not; say what it says."""
+    group = dist.new_group([0])
+    p = nn.Parameter(torch.ones(2))
+    if rank == 0:
+        dr.ElasticSGD([p], group=group, seed=0)
+        return ""
+    with pytest.raises(ValueError, match=r"^group: ") as caught:
+        dr.ElasticSGD([p], group=group, seed=0)
+    return str(caught.value)
+
+
+def scaled_loop(rank: int) -> tuple[str, float]:
+    """Have a GradScaler refused with closures, and step without one."""
+    p = nn.Parameter(torch.ones(3))
+    optimizer = dr.Parle([p], group=world(), seed=0, inner_steps=2, closure_mode="inner_loop")
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(p.sum()).backward()
+    with pytest.raises(RuntimeError) as caught:
+        scaler.step(optimizer)
+
+    def closure() -> float:
+        p.grad = torch.ones(3)
+        return 0.0
+
+    optimizer.step(closure)
+    return str(caught.value), float(p.detach()[0])
+
+
+def odds(rank: int) -> dict[str, Any]:
+    """Do what is rare, in one start of the ranks."""
+    return {
+        "wide": wide_beside_narrow(rank, 400),
+        "nothing": nothing_to_exchange(rank),
+        "outside": outside(rank),
+        "scaled": scaled(rank),
+        "scaled loop": scaled_loop(rank),
+    }

@@ -256,7 +256,7 @@ def test_a_parameter_that_one_replica_alone_has_is_refused_at_the_exchange(metho
     before = facts(models, optimizer)
     for replica, model in models.items():
         model.backward(replica, L - 1)
-    with pytest.raises(RuntimeError, match=r"^replicas: other parameters on replica 1 than on replica 0, "):
+    with pytest.raises(RuntimeError, match=r"^replicas: other parameters on replica 1 than on replica 0: "):
         optimizer.step()
     assert [name for name in differences(facts(models, optimizer), before) if not name.endswith(" params")] == []
     assert torch.equal(extra, torch.ones(3))

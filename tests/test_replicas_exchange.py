@@ -18,7 +18,7 @@ from deeprelax_cuda.replicas.groups import Facts, InProcess
 from deeprelax_cuda.replicas.layout import Buffer, Layout, add_, divide_
 
 CPU = torch.device("cpu")
-FACTS = Facts(steps=4, seed=1, inner_steps=5, parameters=0, finite=True)
+FACTS = Facts(steps=4, seed=1, inner_steps=5, parameters=0)
 KINDS = st.tuples(
     st.lists(st.integers(0, 5), max_size=3).map(tuple),
     st.sampled_from([torch.float32, torch.float32, torch.float64]),
@@ -76,7 +76,7 @@ def test_the_mean_is_the_ordered_sum_times_the_reciprocal(
     kinds: list[tuple[tuple[int, ...], torch.dtype]], count: int, slices: int
 ) -> None:
     lists = [drawn(kinds, replica) for replica in range(count)]
-    together = InProcess(count).mean(lists, FACTS)
+    together = InProcess(count).mean(lists, [FACTS] * count)
     cut = by_slices(lists, slices)
     for i, (_, dtype) in enumerate(kinds):
         kind = np.float64 if dtype == torch.float64 else np.float32
@@ -90,7 +90,7 @@ def test_the_mean_is_the_ordered_sum_times_the_reciprocal(
 
 def test_the_order_of_replicas_counts() -> None:
     lists = [drawn([((1000,), torch.float32)], seed) for seed in range(3)]
-    first, last = (InProcess(3).mean(order, FACTS)[0].clone() for order in (lists, lists[::-1]))
+    first, last = (InProcess(3).mean(order, [FACTS] * 3)[0].clone() for order in (lists, lists[::-1]))
     assert not torch.equal(first, last)
     assert torch.allclose(first, last, atol=1e-6)
 
@@ -147,9 +147,89 @@ def test_replicas_of_other_shapes_are_refused_at_the_exchange() -> None:
     optimizer = dr.ElasticSGD(replicas=params, seed=0)
     for (p,) in params:
         p.grad = torch.ones_like(p)
-    with pytest.raises(RuntimeError, match=r"^replicas: other parameters on replica 1 than on replica 0, "):
+    with pytest.raises(RuntimeError, match=r"^replicas: other parameters on replica 1 than on replica 0: "):
         optimizer.step()
     assert all(torch.equal(p.detach(), torch.ones_like(p)) for (p,) in params)
+
+
+def test_parameters_of_one_shape_are_not_taken_for_each_other() -> None:
+    """Where each replica has had a gradient for another one of two."""
+    params = [[torch.nn.Parameter(torch.full((2,), float(i))) for i in range(2)] for _ in range(2)]
+    optimizer = dr.ElasticSGD(replicas=params, seed=0)
+    params[0][0].grad, params[1][1].grad = torch.ones(2), torch.ones(2)
+    with pytest.raises(RuntimeError, match=r"^replicas: other parameters on replica 1 than on replica 0: each replica needs "):
+        optimizer.step()
+    assert not any(optimizer.state.values())
+
+
+def test_a_gradient_that_is_not_finite_is_seen_where_anchors_are_exchanged() -> None:
+    """They are finite all the same."""
+    params = [[torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(0))] for _ in range(2)]
+    optimizer = dr.Parle(replicas=params, inner_steps=2, consensus="anchors", seed=0)
+    for last in (False, True):
+        for own in params:
+            for p in own:
+                p.grad = torch.ones_like(p)
+        if last:
+            params[1][0].grad.fill_(math.nan)
+            before = [p.detach().clone() for own in params for p in own]
+            with pytest.raises(RuntimeError, match=r"^replicas: not all numbers are finite on replica 1 after 1 steps\. "):
+                optimizer.step()
+            assert all(torch.equal(a, b) for a, b in zip(before, (p for own in params for p in own), strict=True))
+        else:
+            optimizer.step()
+
+
+def test_a_step_that_fails_leaves_no_new_state() -> None:
+    """Of a parameter that had its first gradient in it, which the others then would have to have too."""
+
+    def run(disturbed: bool) -> list[Tensor]:
+        params = [[torch.nn.Parameter(torch.full((2,), float(i))) for i in range(2)] for _ in range(2)]
+        optimizer = dr.Parle(replicas=params, inner_steps=2, temperature=1e-3, seed=0)
+        for step in range(5):
+            for own in params:
+                own[0].grad = torch.ones(2) * (1 + step)
+            if disturbed and step == 1:
+                params[0][1].grad = torch.ones(2)
+                params[1][0].grad = torch.full((2,), math.nan)
+                with pytest.raises(RuntimeError, match=r"^replicas: "):
+                    optimizer.step()
+                params[0][1].grad, params[1][0].grad = None, torch.ones(2) * (1 + step)
+            optimizer.step()
+        return [p.detach().clone() for own in params for p in own]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(True), run(False), strict=True))
+
+
+def test_replicas_of_different_groups_rehearse() -> None:
+    """As they may train."""
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(4)]
+    for method in (dr.Parle, dr.ElasticSGD):
+        optimizer = method(replicas=[[{"params": [params[0]]}, {"params": [params[1]]}], params[2:]], seed=0)
+        optimizer.rehearse()
+        for p in params:
+            p.grad = torch.ones(3)
+        for _ in range(25):
+            optimizer.step()
+        assert optimizer.at_outer_boundary
+
+
+def test_a_group_is_not_added_where_nobody_knows_whose_it_is() -> None:
+    optimizer = dr.Parle(replicas=[[P]], seed=0)
+    optimizer._group = None  # as of a replica over ranks that was unpickled
+    with pytest.raises(RuntimeError, match=r"^group: this optimizer was unpickled or copied"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+
+
+@pytest.mark.parametrize("method", ["Parle", "ElasticSGD"])
+@pytest.mark.parametrize("rho", ["x", None, 0.0, math.nan], ids=["text", "none", "zero", "nan"])
+def test_a_rho_set_by_hand_is_refused_by_name(method: str, rho: Any) -> None:
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = getattr(dr, method)(replicas=[[p]], seed=0)
+    optimizer.param_groups[0]["rho"] = rho
+    p.grad = torch.ones(2)
+    with pytest.raises(ValueError, match=r"^rho: expected a number in \(0, inf\]"):
+        optimizer.step()
 
 
 P = torch.nn.Parameter(torch.ones(2))

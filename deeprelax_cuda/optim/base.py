@@ -139,6 +139,7 @@ class RelaxationOptimizer(Method):
             TypeError, ValueError, RuntimeError: a tensor or an option that cannot be served, by name. No step is taken then.
         """
         captures.check_optimizer(self)
+        self._check_call()
         if self.WITHOUT:
             for group in self.param_groups:
                 check_absent(group, self.METHOD, self.WITHOUT)

@@ -62,6 +62,9 @@ class Method(TwoWeights):
         """Return what gamma, lr and the steps of a period are in the formula."""
         return COUPLED
 
+    def _check_call(self) -> None:
+        """Refuse a step before its closure is evaluated; most methods take any."""
+
     def _seed(self, group: dict[str, Any]) -> int:
         """Return the seed of the noise of a group's parameters."""
         return check_seed(group["seed"])

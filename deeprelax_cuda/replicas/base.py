@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,14 +18,20 @@ from torch.optim.optimizer import ParamsT
 from deeprelax_cuda.clock import Clock
 from deeprelax_cuda.noise import check_seed, derive_seed
 from deeprelax_cuda.optim.base import RelaxationOptimizer
-from deeprelax_cuda.optim.launches import Launch
+from deeprelax_cuda.optim.launches import Launch, Launches
 from deeprelax_cuda.optim.options import check_number
 from deeprelax_cuda.optim.scoping import rho_of
 from deeprelax_cuda.replicas.groups import Facts, Group, InProcess, OverRanks
+from deeprelax_cuda.replicas.layout import digest_of
 from deeprelax_cuda.steps import Scalars
 
-#: Of an outer step, a parameter with its state.
-Member = tuple[Tensor, dict[str, Any]]
+
+class Member(NamedTuple):
+    """A parameter that has state, with it, and its place among the parameters of its replica."""
+
+    p: Tensor
+    state: dict[str, Any]
+    place: int
 
 
 class ReplicaOptimizer(RelaxationOptimizer):
@@ -70,8 +77,8 @@ class ReplicaOptimizer(RelaxationOptimizer):
         Raises:
             ValueError, TypeError: an option outside its range, or one that must be equal in all groups and is not.
         """
-        if self._group is not None and isinstance(param_group, dict):
-            here = self._group.here
+        if isinstance(param_group, dict):
+            here = self._present_group().here
             if param_group.setdefault("replica", here[0] if len(here) == 1 else None) not in here:
                 expected = f"expected the number of a replica in this process, {', '.join(map(str, here))}"
                 raise ValueError(f"replica: {expected}, got {param_group['replica']!r}")
@@ -82,7 +89,8 @@ class ReplicaOptimizer(RelaxationOptimizer):
         """Whether a GradScaler leaves its steps to us: over ranks, to be refused, as the others would not see it skip one."""
         return isinstance(self._group, OverRanks)
 
-    def _take_step(self, from_eval: bool) -> bool:
+    def _check_call(self) -> None:
+        super()._check_call()
         if "found_inf" in self.__dict__:
             del self.found_inf, self.grad_scale  # type: ignore[attr-defined]
             raise RuntimeError(
@@ -90,7 +98,20 @@ class ReplicaOptimizer(RelaxationOptimizer):
             )
         for group in self.param_groups:
             _check_capturable(group)
-        return super()._take_step(from_eval)
+
+    def _take_step(self, from_eval: bool) -> bool:
+        self.train()  # whatever a closure has left behind
+        first = self.param_groups[0]
+        ends = first["position"] + 1 >= first["inner_steps"]
+        states = dict(self.state) if ends else {}
+        try:
+            return super()._take_step(from_eval)
+        except BaseException:
+            if ends:  # the states are replaced, not changed, where a step completes them
+                self.state.clear()
+                self.state.update(states)
+                self._launches = Launches()
+            raise
 
     def _run(self, launches: list[Launch], scalars: list[Scalars], clocks: list[Clock] | None) -> None:
         """Take the step; at the end of a period an inner step, the exchange and an outer step, all of them or none."""
@@ -104,37 +125,56 @@ class ReplicaOptimizer(RelaxationOptimizer):
         with nullcontext() if alone else _as_before_if_it_fails(inner):
             super()._run([launch for launch, _ in inner], [numbers for _, numbers in inner], None)
             members = self._members()
-            mean = self._agree(members)
-        self._move(launches, scalars, members, mean)
+            means = self._agree(members)
+        self._move(launches, scalars, members, means)
 
     def _members(self) -> dict[int, list[Member]]:
         """Return the parameters that have state, and it, of each replica in this process."""
         members: dict[int, list[Member]] = {}
+        places: Counter[int] = Counter()
         for group in self.param_groups:
-            own = members.setdefault(group["replica"], [])
-            own += [(p, state) for p in group["params"] if (state := self.state.get(p))]
+            replica, params = group["replica"], group["params"]
+            own = members.setdefault(replica, [])
+            own += [Member(p, state, i) for i, p in enumerate(params, places[replica]) if (state := self.state.get(p))]
+            places[replica] += len(params)
         return dict(sorted(members.items()))
 
-    def _agree(self, members: dict[int, list[Member]]) -> list[Tensor]:
-        """Return the mean over all replicas of what each has of its parameters."""
-        lists = [[self._offered(p, state) for p, state in own] for own in members.values()]
+    def _agree(self, members: dict[int, list[Member]]) -> list[list[Tensor]]:
+        """Return for each replica here the mean over all replicas of what each has of its parameters: the same for all."""
+        lists = [[self._offered(p, state) for p, state, _ in own] for own in members.values()]
         if self._is_rehearsal:
-            return lists[0]
+            return lists
+        first = self.param_groups[0]
+        common = int(first["step"]), check_seed(first["seed"]), int(first["inner_steps"])
+        facts = [
+            Facts(*common, digest_of(f"{self._kind()} {[place for *_, place in own]}"), self._is_sound(own))
+            for own in members.values()
+        ]
+        mean = self._present_group().mean(lists, facts)
+        return [mean] * len(lists)
+
+    def _present_group(self) -> Group:
         if self._group is None:
             raise RuntimeError(
-                "group: this optimizer was unpickled, and a process group cannot be: make one with group=, and "
+                "group: this optimizer was unpickled or copied, and has no process group; make one with group=, and "
                 "load_state_dict() into it"
             )
-        first = self.param_groups[0]
-        facts = Facts(int(first["step"]), check_seed(first["seed"]), int(first["inner_steps"]), parameters=0, finite=True)
-        return self._group.mean(lists, facts)
+        return self._group
+
+    def _kind(self) -> str:
+        """Return what is exchanged, and by whom: all replicas must say the same."""
+        return self.METHOD
+
+    def _is_sound(self, own: list[Member]) -> bool:
+        """Return whether what a replica does not offer is finite where it could be otherwise."""
+        return True
 
     def _offered(self, p: Tensor, state: dict[str, Any]) -> Tensor:
         """Return what the mean is taken of, in the compute type."""
         raise NotImplementedError
 
     def _move(
-        self, launches: list[Launch], scalars: list[Scalars], members: dict[int, list[Member]], mean: list[Tensor]
+        self, launches: list[Launch], scalars: list[Scalars], members: dict[int, list[Member]], means: list[list[Tensor]]
     ) -> None:
         """Take the outer step towards the mean, after every replica has got it."""
         raise NotImplementedError
@@ -210,6 +250,9 @@ def _make_group(
         return InProcess(len(lists)), [one for number, own in enumerate(lists) for one in _groups_of(own, number)]
     if params is None:
         raise TypeError("params: expected the parameters of this rank's replica, or replicas=[params_1, ...], got neither")
+    found: Any = group
+    if dist.is_available() and found == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("group: expected one that this rank belongs to; new_group() has made one of other ranks")
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         raise TypeError(
             "group: expected a process group of which each rank is a replica, such as torch.distributed.group.WORLD after "

@@ -85,7 +85,8 @@ def coupling_notes(group: dict[str, Any], step: Callable[[dict[str, Any], float]
     every = "every step" if length == 1 else f"every {length} steps"
     words = f"the mean is taken {every}, over {count(n, 'replica')}"
     if n > 1:
-        words += f"; over ranks each sends 2(n - 1)/n = {number(2.0 * (n - 1) / n)} times the bytes of its parameters for it"
+        times = number(2.0 * (n - 1) / n)
+        words += f"; over ranks each sends 2(n - 1)/n = {times} times its parameters for it, 4 bytes each (float64: 8)"
     notes.line("replicas", f"{n:,}", words)
     notes += width_notes(group, "rho", "rho_scoping", lambda k: _rho_after(group, k))
     notes.advise(rho < math.inf and is_alone(group), "rho does nothing, as there is one replica.")

@@ -121,10 +121,10 @@ class ElasticSGD(ReplicaOptimizer):
         return y.to(compute_type(y.dtype))
 
     def _move(
-        self, launches: list[Launch], scalars: list[Scalars], members: dict[int, list[Member]], mean: list[Tensor]
+        self, launches: list[Launch], scalars: list[Scalars], members: dict[int, list[Member]], means: list[list[Tensor]]
     ) -> None:
-        for own in members.values():
-            torch._foreach_copy_([state["anchor"] for _, state in own], mean)
+        for own, mean in zip(members.values(), means, strict=True):
+            torch._foreach_copy_([state["anchor"] for _, state, _ in own], mean)
 
     def _law(self, group: dict[str, Any]) -> Law:
         return Law(lr="inner", temperature=float(group["temperature"]))
@@ -141,6 +141,7 @@ class ElasticSGD(ReplicaOptimizer):
     def _own_scalars(self, group: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
         check_number("temperature", group["temperature"], "[0, inf)")
         check_number("lr", group["lr"], "[0, inf)")
+        check_number("rho", group["rho"], "(0, inf]")
         mu = round_scalar("momentum", group["momentum"], dtype)
         return {
             "mu": mu,

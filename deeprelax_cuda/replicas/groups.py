@@ -6,6 +6,7 @@ which every replica gets with the same bits, in one process or over ranks.
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
@@ -14,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deeprelax_cuda.noise import to_int64
-from deeprelax_cuda.replicas.layout import Buffer, Layout, add_, divide_
+from deeprelax_cuda.noise import from_int64, to_int64
+from deeprelax_cuda.replicas.layout import Buffer, Layout, add_, digest_of, divide_
 
 #: That of the messages before an exchange, for process groups that are talked over otherwise too.
 TAG = 0x6472
@@ -28,15 +29,21 @@ class Facts(NamedTuple):
     seed: int
     inner_steps: int
     parameters: int
-    finite: bool
+    finite: bool = True
+
+    def seen(self, layout: Layout, finite: bool) -> Facts:
+        """Return the facts with what was seen of the tensors."""
+        return self._replace(parameters=digest_of(f"{self.parameters} {layout.digest}"), finite=self.finite and finite)
 
 
 #: What is said where replicas differ in one of them.
 DIFFERENCES = {
-    "steps": "{theirs} steps taken on {others}, {ours} on {first}: were some skipped, or another checkpoint loaded?",
-    "seed": "seed {theirs} on {others}, {ours} on {first}: pass that of the run, from which each replica derives its own.",
-    "inner_steps": "inner_steps={theirs} on {others}, {ours} on {first}.",
-    "parameters": "other parameters on {others} than on {first}, or others that have had a gradient.",
+    "steps": "{theirs} steps taken on {others}, {ours} on {first}: were some skipped, or another checkpoint loaded? "
+    "Start all again from one",
+    "seed": "seed {theirs} on {others}, {ours} on {first}: pass that of the run, from which each replica derives its own",
+    "inner_steps": "inner_steps={theirs} on {others}, {ours} on {first}: it is the same in all replicas",
+    "parameters": "other parameters on {others} than on {first}: each replica needs gradients for the same ones, of the same "
+    "shapes and types, and steps by the same method to the same kind of consensus",
 }
 
 
@@ -51,12 +58,12 @@ class Group(Protocol):
     def here(self) -> range:
         """The numbers of those in this process."""
 
-    def mean(self, lists: Sequence[list[Tensor]], facts: Facts) -> list[Tensor]:
+    def mean(self, lists: Sequence[list[Tensor]], facts: Sequence[Facts]) -> list[Tensor]:
         """Return the mean over all replicas of each tensor; it stays as it is until the next call.
 
         Args:
             lists: for each replica that is here, its tensors, of float32 or float64.
-            facts: what the replicas here say of themselves; "parameters" and "finite" are found out from the tensors.
+            facts: what each of these says of itself; whether the tensors are finite and of the same shapes is seen here.
 
         Raises:
             RuntimeError: a replica does not answer, differs in what all have in common, or has numbers that are not finite.
@@ -75,18 +82,17 @@ class InProcess:
         """The numbers of all."""
         return range(self.size)
 
-    def mean(self, lists: Sequence[list[Tensor]], facts: Facts) -> list[Tensor]:
+    def mean(self, lists: Sequence[list[Tensor]], facts: Sequence[Facts]) -> list[Tensor]:
         """Return the mean; see `Group.mean`. That of one replica is what it has, whatever that is."""
         if self.size == 1:
             return lists[0]
         layout, total, buffer = self._kept = self._fitting(lists[0])
         told: dict[int, Facts] = {}
-        for replica, tensors in enumerate(lists):
+        for replica, (tensors, own) in enumerate(zip(lists, facts, strict=True)):
             if not layout.fits(tensors):
-                told[replica] = facts._replace(parameters=Layout(tensors, 1).digest)
+                told[replica] = own.seen(Layout(tensors, 1), True)
                 continue
-            finite = (buffer if replica else total).fill(tensors)
-            told[replica] = facts._replace(parameters=layout.digest, finite=finite)
+            told[replica] = own.seen(layout, (buffer if replica else total).fill(tensors))
             if replica:
                 add_(total.parts, buffer.parts)
         check_all(told, lambda replica: f"replica {replica}")
@@ -105,37 +111,44 @@ class OverRanks:
     """One replica on each rank of a process group; a rank's number in the group is that of its replica.
 
     An exchange is a message of 40 bytes to each other rank, with the facts, and then two collectives on one flat buffer: an
-    all-to-all of slices, which every rank adds up in the order of the replicas, and an all-gather of the means. For a byte of
-    parameters a rank of n sends 2(n - 1)/n bytes, as in a ring all-reduce, whose sums however depend on n and on the slices.
+    all-to-all of slices, which every rank adds up in the order of the replicas, and an all-gather of the means. For a parameter
+    a rank of n sends 2(n - 1)/n times 4 bytes (8 for float64), as in a ring all-reduce of float32, whose sums however depend on
+    n and on the slices.
 
     Two buffers as long as the parameters are kept between exchanges.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
+        self._held_by_torch = weakref.ref(group)  # held here too it would outlive destroy_process_group(), with its threads
         self.size = dist.get_world_size(group)
         self._rank = dist.get_rank(group)
-        if self._rank < 0:
-            raise ValueError("group: expected one that this rank belongs to")
         self._kept: tuple[Layout, Buffer, Buffer] | None = None
+
+    @property
+    def _group(self) -> dist.ProcessGroup:
+        group = self._held_by_torch()
+        if group is None:
+            raise RuntimeError(
+                "group: the process group of this optimizer was destroyed; make one anew, and load its state_dict()"
+            )
+        return group
 
     @property
     def here(self) -> range:
         """The rank's own."""
         return range(self._rank, self._rank + 1)
 
-    def mean(self, lists: Sequence[list[Tensor]], facts: Facts) -> list[Tensor]:
+    def mean(self, lists: Sequence[list[Tensor]], facts: Sequence[Facts]) -> list[Tensor]:
         """Return the mean; see `Group.mean`."""
-        (tensors,) = lists
+        (tensors,), (own,) = lists, facts
         layout, sent, received = self._kept = self._fitting(tensors)
-        finite = sent.fill(tensors)
-        facts = facts._replace(parameters=layout.digest, finite=finite)
-        check_all(self._roll_call(facts, sent.bytes.device), self._name)
+        own = own.seen(layout, sent.fill(tensors))
+        check_all(self._roll_call(own, sent.bytes.device), self._name)
         try:
             self._add_up(layout, sent.bytes, received.bytes)
         except RuntimeError as error:
             raise RuntimeError(
-                f"replicas: the exchange after {facts.steps} steps failed, although all were there when it began: "
+                f"replicas: the exchange after {own.steps} steps failed, although all were there when it began: "
                 f"{_said(error)}. {REMEDY}"
             ) from error
         return received.tensors
@@ -175,7 +188,8 @@ class OverRanks:
             gathered = torch.empty(self.size * len(sent), dtype=sent.dtype, device=device)
             _all_gather(gathered, sent.to(device), self._group)
             received = list(gathered.view(self.size, len(sent)).cpu())
-        return {rank: Facts._make(told.tolist()) for rank, told in enumerate(received)}
+        told = {rank: Facts._make(numbers.tolist()) for rank, numbers in enumerate(received)}
+        return {rank: facts._replace(seed=from_int64(facts.seed)) for rank, facts in told.items()}
 
     def _messages(self, sent: Tensor, steps: int) -> list[Tensor]:
         """Return what each rank has sent to all: pair by pair, so that one that does not answer is known by its number."""
@@ -207,7 +221,7 @@ class OverRanks:
 
 
 #: What to do where the process group is broken; the step that could not be taken has changed nothing.
-REMEDY = "Nothing has changed here; start all ranks again from the last checkpoint, as torchrun --max-restarts does"
+REMEDY = "Nothing has changed here; start all ranks again from the last checkpoint, as torchrun --max-restarts can"
 
 
 def check_all(told: Mapping[int, Facts], name: Callable[[int], str]) -> None:
@@ -224,7 +238,7 @@ def check_all(told: Mapping[int, Facts], name: Callable[[int], str]) -> None:
                 others[value].append(name(replica))
         for value, names in others.items():
             said = words.format(theirs=value, others=_list(names), ours=getattr(first, field), first=name(0))
-            raise RuntimeError(f"replicas: {said} No replica has taken this step; start all again from one checkpoint")
+            raise RuntimeError(f"replicas: {said}. No replica has taken this step")
     if lost := [name(replica) for replica, facts in told.items() if not facts.finite]:
         raise RuntimeError(
             f"replicas: not all numbers are finite on {_list(lost)} after {first.steps} steps. No replica has taken this step: "

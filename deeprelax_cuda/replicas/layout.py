@@ -19,11 +19,16 @@ from deeprelax_cuda.steps import round_scalar
 ALIGNMENT = 8
 
 
+def digest_of(text: str) -> int:
+    """Return a number of 56 bits that tells texts apart."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
+
+
 class Layout:
     """Where tensors of float64 and of float32 lie in a buffer: those of float64 before the others, each in its order.
 
-    The buffer is as long as ``slices`` equal slices; what is left over at its end is 0. ``digest`` is a number of 56 bits that
-    tells lists of shapes and types apart.
+    The buffer is as long as ``slices`` equal slices; ``used`` bytes of it are the tensors', and what is left over at its end
+    means nothing. ``digest`` tells lists of shapes and types apart.
     """
 
     def __init__(self, tensors: Sequence[Tensor], slices: int) -> None:
@@ -32,10 +37,10 @@ class Layout:
         ends = list(accumulate(tensors[i].numel() * tensors[i].element_size() for i in order))
         self._spans = {i: slice(begin, end) for i, begin, end in zip(order, [0, *ends], ends, strict=False)}
         self._wide = sum(t.numel() * 8 for t in tensors if t.dtype == torch.float64)  # bytes of the float64 part
-        self.slice_bytes = -(-(ends[-1] if ends else 0) // (slices * ALIGNMENT)) * ALIGNMENT
+        self.used = ends[-1] if ends else 0
+        self.slice_bytes = max(1, -(-self.used // (slices * ALIGNMENT))) * ALIGNMENT
         self.bytes = slices * self.slice_bytes
-        text = repr([(tuple(shape), str(dtype)) for shape, dtype in self._kinds])
-        self.digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
+        self.digest = digest_of(repr([(tuple(shape), str(dtype)) for shape, dtype in self._kinds]))
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """Return whether this is the layout of these tensors."""
@@ -57,7 +62,7 @@ class Buffer:
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self.bytes = torch.zeros(layout.bytes, dtype=torch.uint8, device=device)
         self.tensors = layout.views(self.bytes)
-        self.parts = layout.parts(self.bytes)
+        self.parts = layout.parts(self.bytes[: layout.used])
 
     def fill(self, tensors: list[Tensor]) -> bool:
         """Copy the tensors into it; return whether all numbers are finite, for which a device is waited for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -37,13 +38,15 @@ class Parle(ReplicaOptimizer, LangevinLoop):
         Parle(replicas=[model.parameters() for model in models])             # in one process: one step() is a step of all
         Parle(model.parameters(), group=torch.distributed.group.WORLD)       # one on each rank, started by torchrun
 
-    Over ranks the exchange is one flat message a period, of the size that a ring all-reduce of the gradients has at each step
-    of data parallelism: 1/inner_steps of its traffic. A replica may itself be data parallel: each of its ranks is then in a
-    group of its own, with one rank of each other replica, and all ranks take the same seed.
+    Over ranks the exchange is one flat message a period, of the size that a ring all-reduce of float32 gradients has at each
+    step of data parallelism: 1/inner_steps of its traffic (2/inner_steps where the gradients are of 16 bits). A replica may
+    itself be data parallel: each of its ranks is then in a group of its own, with one rank of each other replica, and all ranks
+    take the same seed.
 
     An outer step is taken by all replicas or by none. Where a rank does not answer, differs in its steps, its seed, its period
     or its parameters, or has numbers that are not finite, `step` raises on all ranks, and leaves everything as it was before.
-    A rank that has no gradient at all takes no step (as everywhere), and the others wait for it at the next exchange.
+    A rank that has no gradient at all takes no step (as everywhere), and the others wait for it at the next exchange; in one
+    process, where other replicas have gradients, the step is counted for it.
 
     * PDE: as Entropy-SGD; the sum over replicas of f(x^a) + |x^a - c|^2/(2 rho), each f smoothed by gamma.
     * Cost: one gradient evaluation a step and replica, and an exchange every ``inner_steps`` steps.
@@ -134,11 +137,21 @@ class Parle(ReplicaOptimizer, LangevinLoop):
         offered: Tensor = state["average" if self.param_groups[0]["consensus"] == "averages" else "anchor"]
         return offered
 
+    def _kind(self) -> str:
+        return f"{self.METHOD} {self.param_groups[0]['consensus']}"
+
+    def _is_sound(self, own: list[Member]) -> bool:
+        if self.param_groups[0]["consensus"] == "averages":
+            return True
+        averages = [m for _, state, _ in own if (m := state["average"]).numel()]  # where y is not finite, m is not
+        largest = torch._foreach_norm(averages, math.inf) if averages else []
+        return all(map(math.isfinite, (float(size) for size in largest)))
+
     def _move(
-        self, launches: list[Launch], scalars: list[Scalars], members: dict[int, list[Member]], mean: list[Tensor]
+        self, launches: list[Launch], scalars: list[Scalars], members: dict[int, list[Member]], means: list[list[Tensor]]
     ) -> None:
-        for own in members.values():
-            torch._foreach_copy_([state["consensus"] for _, state in own], mean)
+        for own, mean in zip(members.values(), means, strict=True):
+            torch._foreach_copy_([state["consensus"] for _, state, _ in own], mean)
         self._outer_steps(launches, scalars)
 
     def _check_group(self, group: dict[str, Any]) -> None:
