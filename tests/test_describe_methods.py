@@ -430,8 +430,8 @@ def test_lines_of_replicas() -> None:
     lines, advice = read(optimizer.describe())
     assert advice == []
     assert lines["groups 0 to 1"] == ("", "2 parameters, 8 elements, float64")
-    words = "the mean is taken every 4 steps, over 2 replicas; over ranks each sends 2(n - 1)/n = 1 times the bytes of its "
-    assert lines["replicas"] == ("2", f"{words}parameters for it")
+    words = "the mean is taken every 4 steps, over 2 replicas; over ranks each sends 2(n - 1)/n = 1 times its parameters for it"
+    assert lines["replicas"] == ("2", f"{words}, 4 bytes each (float64: 8)")
     floor = "at the floor rho_min=0.25 from outer step 3 (gradient evaluation 12) on"
     assert lines["rho"] == ("2", f"halves in 1 outer steps, ln 2/ln(1 + rho_scoping) for rho_scoping=1; {floor}")
     assert lines["pull"] == ("0.3", "lr*(1 + 1/rho), what a step takes off the way to the consensus; stable below 1.36")
