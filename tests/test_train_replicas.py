@@ -30,6 +30,7 @@ from deeprelax_cuda.train.data import Batches
 from deeprelax_cuda.train.datasets import digits
 from deeprelax_cuda.train.models import MODELS, Model
 from deeprelax_cuda.train.progress import Progress
+from deeprelax_cuda.train.ranks import ALONE, STARTED, joined
 from deeprelax_cuda.train.results import RESULT
 from deeprelax_cuda.train.stopping import Stopped
 
@@ -302,11 +303,32 @@ def test_ranks_talk(tmp_path: Path) -> None:
             "CommonError: rank 2: --x: no",
             "CommonError: rank 0: --x: not on 0",
         )
-        assert found["within a period"] == (None, False)
+        assert found["within a period"] == found["after a short period"] == (None, False)
         assert found["agreed"] == [(None, False), (15, False), (None, True), (None, False)]
-    expected = "no answer from rank {}: start all ranks again, from the last checkpoint"
-    assert first["after a rank has gone"] == expected.format(1)
-    assert last["after a rank has gone"] == expected.format(0)
+    assert first["after a rank has gone"] == "no answer from rank 1: start all ranks again, from the last checkpoint"
+    expected = (
+        "no answer from rank 0, which may have ended because another one was lost, and then says so: start all ranks again"
+    )
+    assert last["after a rank has gone"] == f"{expected}, from the last checkpoint"
+
+
+@pytest.mark.slow
+def test_who_sends_to_a_rank_that_is_lost_does_not_wait_for_the_timeout(tmp_path: Path) -> None:
+    """Of a minute here, and of half an hour by default."""
+    lost, (said, seconds) = processes.run_ranks(tmp_path, 2, programs.lost_while_receiving)
+    assert lost is None
+    assert said.startswith("no answer from rank 0, which may have ended because another one was lost")
+    assert seconds < processes.PATIENCE / 2
+
+
+@pytest.mark.parametrize("given", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": ""}, {"RANK": "0", "WORLD_SIZE": "2"}], ids=range(3))
+def test_a_part_of_what_torchrun_sets_starts_no_ranks(monkeypatch: pytest.MonkeyPatch, given: dict[str, str]) -> None:
+    for name in STARTED:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with joined() as ranks:
+        assert ranks is ALONE
 
 
 @pytest.mark.slow

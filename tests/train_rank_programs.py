@@ -6,15 +6,20 @@ import os
 import runpy
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from unittest import mock
 
+import pytest
 import torch
+import torch.distributed as dist
 
 from deeprelax_cuda.cli import UsageError, main
 from deeprelax_cuda.train.data import Batches
-from deeprelax_cuda.train.ranks import Broken, CommonError, Ranks
+from deeprelax_cuda.train.ranks import SHORT, Broken, CommonError, Ranks
 from deeprelax_cuda.train.stopping import Stopped
 
 #: Of texts around what fits into the first message, with what they are packed into.
@@ -96,9 +101,12 @@ def talk(rank: int) -> dict[str, Any]:
 
     class Optimizer:
         at_outer_boundary = False
+        param_groups: ClassVar = [{"inner_steps": 10, "step": 29}]
 
     found["within a period"] = ranks.agree(Optimizer(), 2, True)  # type: ignore[arg-type]
-    Optimizer.at_outer_boundary = True
+    Optimizer.at_outer_boundary, Optimizer.param_groups = True, [{"inner_steps": 10, "step": 20}]
+    found["after a short period"] = ranks.agree(Optimizer(), 2, True)  # type: ignore[arg-type]
+    Optimizer.param_groups = [{"inner_steps": 10, "step": 60}]
     wishes = [(None, False), (15 if rank == 1 else None, False), (None, rank == 0), (None, rank == 1)]
     found["agreed"] = [ranks.agree(Optimizer(), *wish) for wish in wishes]  # type: ignore[arg-type]
     if rank == 1:
@@ -108,3 +116,23 @@ def talk(rank: int) -> dict[str, Any]:
     except Broken as broken:
         found["after a rank has gone"] = str(broken)
     return found
+
+
+def lost_while_receiving(rank: int) -> tuple[str, float]:
+    """Send rank 0 what it does not live to receive; say what is said, and after how many seconds."""
+    ranks = Ranks()
+    begin = time.monotonic()
+    if rank == 0:
+        real = dist.recv
+
+        def recv(message: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if len(message) > SHORT:
+                threading.Timer(0.002, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+            return real(message, *args, **kwargs)
+
+        with mock.patch.object(dist, "recv", recv):
+            ranks.collect({})
+        return "not lost", 0.0
+    with pytest.raises(Broken) as caught:
+        ranks.collect({"large": torch.zeros(50_000_000)})
+    return str(caught.value), time.monotonic() - begin

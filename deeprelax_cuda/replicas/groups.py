@@ -243,7 +243,7 @@ def check_all(told: Mapping[int, Facts], name: Callable[[int], str]) -> None:
         raise RuntimeError(
             f"replicas: not all numbers are finite on {_list(lost)} after {first.steps} steps. No replica has taken this step: "
             "if its gradient alone was at fault, step() with another one goes on; if not, go back to the last checkpoint, "
-            "with a smaller inner_lr or with gradients that are clipped"
+            "with smaller steps or with gradients that are clipped"
         )
 
 

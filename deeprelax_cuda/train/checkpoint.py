@@ -57,6 +57,6 @@ def fitting(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())
         raise UsageError(f"--resume: {path} does not fit this version of deeprelax train: {said}") from error

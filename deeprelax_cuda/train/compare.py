@@ -102,16 +102,29 @@ def rehearse(settings: Settings, data: Data, ranks: Alone = ALONE) -> Comparison
 
     for name in settings.methods:
         run = ranks.together(partial(built, name))
-        with _refusals_of(name):
+        with _refusals_of(name), _broken_by(name):
             next(run.steps(Progress(), lambda: None))
         comparison.methods[name] = Trained(settings_of(run.optimizer), backend_of(run.optimizer), {})
+    ranks.gather(None)  # so that one that is lost by now is missed before there is a folder
     return comparison
+
+
+@contextmanager
+def _broken_by(name: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if str(error).startswith("replicas: "):
+            raise Broken(f"{name}: {error}") from error
+        raise
 
 
 @contextmanager
 def _refusals_of(method: str) -> Iterator[None]:
     try:
         yield
+    except Broken:
+        raise
     except (TypeError, ValueError, RuntimeError) as error:
         raise UsageError(f"{method}: {' '.join(str(error).split())}") from error  # those of CUDA have several lines
 
@@ -148,23 +161,20 @@ def compare(
                 saver.go_on(run)
                 in_its_middle = False
             try:
-                for _ in run.steps(progress, stop.check):
-                    signum, due = ranks.agree(run.optimizer, stop.signum, saver.is_due() if saver else False)
-                    if saver and due:
-                        try:
-                            saver.save(comparison, run)
-                        except OSError as error:  # the disk may have room again, or training end without it
-                            progress.warn(f"deeprelax train: checkpoint not written: {error}")
-                    if signum is not None:
-                        raise Stopped(signum)
+                with _broken_by(f"{name}, seed {seed}"):
+                    for _ in run.steps(progress, stop.check):
+                        signum, due = ranks.agree(run.optimizer, stop.signum, saver.is_due() if saver else False)
+                        if saver and due:
+                            try:
+                                saver.save(comparison, run)
+                            except OSError as error:  # the disk may have room again, or training end without it
+                                progress.warn(f"deeprelax train: checkpoint not written: {error}")
+                        if signum is not None:
+                            raise Stopped(signum)
             except Stopped as stopped:
                 stopped.where = f"{name}, seed {seed}, after {run.step} of {run_steps} gradient evaluations"
                 if saver:
                     saver.save(comparison, run)
-                raise
-            except RuntimeError as error:
-                if str(error).startswith("replicas: "):
-                    raise Broken(f"{name}, seed {seed}: {error}") from error
                 raise
             comparison.methods[name].curves[seed] = run.curve
     finally:

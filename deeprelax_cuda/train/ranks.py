@@ -75,7 +75,7 @@ class Alone:
     def agree(self, optimizer: Optimizer, signum: int | None, due: bool) -> tuple[int | None, bool]:
         """Return the signal to stop by, if one has come on any rank, and whether it is time to save, on the first one's clock.
 
-        Over ranks that waits for the end of a period, when they wait for each other anyway.
+        Over ranks that waits for the end of a period, of `AGREE_EVERY` steps or more, when they wait for each other anyway.
         """
         return signum, due
 
@@ -83,6 +83,10 @@ class Alone:
 ALONE = Alone()
 #: Bytes of the first message of what ranks tell each other, and of the only one for little: each costs a latency.
 SHORT = 512
+#: That of the byte by which a rank says that it has received a longer message.
+RECEIVED = 1
+#: Of a method whose periods are shorter, the steps after which the ranks agree.
+AGREE_EVERY = 25
 
 
 class Ranks(Alone):
@@ -160,7 +164,9 @@ class Ranks(Alone):
         return result
 
     def agree(self, optimizer: Optimizer, signum: int | None, due: bool) -> tuple[int | None, bool]:
-        if not optimizer.at_outer_boundary:  # type: ignore[attr-defined]  # only methods with replicas train over ranks
+        # Only methods with replicas train over ranks.
+        length, step = optimizer.param_groups[0]["inner_steps"], optimizer.param_groups[0]["step"]
+        if not optimizer.at_outer_boundary or step % (-(-AGREE_EVERY // length) * length):  # type: ignore[attr-defined]
             return None, False
         wishes = self.gather((signum, due))
         return next((number for number, _ in wishes if number is not None), None), wishes[0][1]
@@ -177,29 +183,35 @@ class Ranks(Alone):
         framed = bytearray(len(content).to_bytes(8, "little") + content)
         framed += bytes(max(0, SHORT - len(framed)))
         message = torch.frombuffer(framed, dtype=torch.uint8)
-        with _answering(rank):
+        with self._answering(rank):
             dist.send(message[:SHORT], rank)
             if len(message) > SHORT:
-                dist.send(message[SHORT:], rank)
+                # gloo does not wake who is in the middle of sending to a rank that is lost, but it does who receives from it.
+                received = dist.irecv(torch.empty(1, dtype=torch.uint8), rank, tag=RECEIVED)
+                sent = dist.isend(message[SHORT:], rank)
+                for work in (received, sent):
+                    if work is not None:
+                        work.wait()
 
     def _receive(self, rank: int) -> bytes:
         message = torch.empty(SHORT, dtype=torch.uint8)
-        with _answering(rank):
+        with self._answering(rank):
             dist.recv(message, rank)
             begin = message.numpy().tobytes()
             length = int.from_bytes(begin[:8], "little")
             rest = torch.empty(max(0, 8 + length - SHORT), dtype=torch.uint8)
             if len(rest):
                 dist.recv(rest, rank)
+                dist.send(torch.ones(1, dtype=torch.uint8), rank, tag=RECEIVED)
         return begin[8 : 8 + length] + rest.numpy().tobytes()
 
-
-@contextlib.contextmanager
-def _answering(rank: int) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise Broken(f"no answer from rank {rank}: start all ranks again, from the last checkpoint") from error
+    @contextlib.contextmanager
+    def _answering(self, rank: int) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            why = ", which may have ended because another one was lost, and then says so" if self.rank else ""
+            raise Broken(f"no answer from rank {rank}{why}: start all ranks again, from the last checkpoint") from error
 
 
 def _packed(state: dict[str, Any]) -> bytes:
@@ -213,13 +225,17 @@ def _unpacked(content: bytes) -> dict[str, Any]:
     return state
 
 
+#: What torchrun tells a rank; a scheduler of jobs may set one or the other, which starts no ranks.
+STARTED = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+
+
 @contextlib.contextmanager
 def joined() -> Iterator[Alone]:
-    """Be one of the ranks that WORLD_SIZE, RANK and so on tell of, as torchrun sets them, or alone where there are none.
+    """Be one of the ranks that the environment tells of, as torchrun sets it, or alone where there are none.
 
     All ranks but the first are silent meanwhile.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not os.environ.keys() >= STARTED or os.environ["WORLD_SIZE"] == "1":
         yield ALONE
         return
     from torch.distributed.distributed_c10d import PrefixStore  # here, as not every torch has it

@@ -89,9 +89,11 @@ def _data(comparison: Comparison) -> str:
 
 def _title(comparison: Comparison) -> str:
     settings, examples = comparison.settings, comparison.data["train_examples"]
+    counts = {options["replicas"] for options in settings.options.values() if options.get("replicas", 1) > 1}
+    each = f", of each of {' or '.join(map(str, sorted(counts)))} replicas where there are any" if counts else ""
     return (
         f"{settings.data}, {settings.model}: {examples} examples to train on, {comparison.data['val_examples']} to validate; "
-        f"{settings.epochs} epochs of {examples // settings.batch_size} gradient evaluations; "
+        f"{settings.epochs} epochs of {examples // settings.batch_size} gradient evaluations{each}; "
         f"seeds {' '.join(map(str, settings.seeds))}"
     )
 
