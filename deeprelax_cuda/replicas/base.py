@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -169,15 +170,15 @@ class ReplicaOptimizer(RelaxationOptimizer):
         """Return whether what a replica does not offer is finite where it could be otherwise."""
         return True
 
+    @abstractmethod
     def _offered(self, p: Tensor, state: dict[str, Any]) -> Tensor:
         """Return what the mean is taken of, in the compute type."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _move(
         self, launches: list[Launch], scalars: list[Scalars], members: dict[int, list[Member]], means: list[list[Tensor]]
     ) -> None:
         """Take the outer step towards the mean, after every replica has got it."""
-        raise NotImplementedError
 
     def _outer_steps(self, launches: list[Launch], scalars: list[Scalars]) -> None:
         """Take the outer steps of the formula."""
