@@ -48,8 +48,9 @@ def test_ranks_have_the_bits_of_replicas_in_one_process(tmp_path: Path, count: i
         assert all("0" in names and "2" in names for names in moved), "replicas that are the same"
 
 
-@pytest.mark.parametrize("method", ["Parle", pytest.param("ElasticSGD", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("evaluating", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["training", "evaluating"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["Parle", "ElasticSGD"])
+@pytest.mark.parametrize("evaluating", [False, True], ids=["training", "evaluating"])
 def test_a_run_resumes_bit_for_bit_in_new_processes(tmp_path: Path, method: str, evaluating: bool) -> None:
     """In the middle of a period; and the checkpoint of one rank is not taken for that of another."""
     run_ranks(tmp_path / "first", 3, programs.saves, str(tmp_path), method, L + 1, evaluating)
@@ -103,6 +104,7 @@ def test_an_error_on_one_rank_ends_the_wait_of_the_others(tmp_path: Path) -> Non
         assert "rank 1 (" in found[rank]
 
 
+@pytest.mark.slow
 def test_ranks_that_differ_are_refused_by_name_on_all_of_them(tmp_path: Path) -> None:
     found = run_ranks(tmp_path, 2, programs.disagreements)
     for said in found:
@@ -115,6 +117,7 @@ def test_ranks_that_differ_are_refused_by_name_on_all_of_them(tmp_path: Path) ->
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_data_parallel_ranks_of_a_replica_stay_equal(tmp_path: Path) -> None:
     """Two replicas of two ranks each, over 100 steps; all four have one answer, and batch norm's statistics there."""
     found = run_ranks(tmp_path, 4, programs.data_parallel, 100)
@@ -135,6 +138,7 @@ def test_data_parallel_ranks_of_a_replica_stay_equal(tmp_path: Path) -> None:
     assert all(one["restored"] and one["back"] for one in found)
 
 
+@pytest.mark.slow
 def test_each_replica_has_its_own_noise_in_one_process_and_over_ranks(tmp_path: Path) -> None:
     """That of the derived seed, and of the tensor's number within its replica."""
     params = [[torch.nn.Parameter(torch.zeros(1000)) for _ in range(2)] for _ in range(3)]
@@ -154,6 +158,7 @@ def test_each_replica_has_its_own_noise_in_one_process_and_over_ranks(tmp_path: 
     assert correlation.abs().max() < 0.15
 
 
+@pytest.mark.slow
 def test_what_is_rare_over_ranks(tmp_path: Path) -> None:
     """Types side by side for many exchanges, nothing to exchange, a rank outside of the group, a GradScaler."""
     for rank, found in enumerate(run_ranks(tmp_path, 2, programs.odds)):

@@ -279,6 +279,7 @@ def on_ranks(folder: Path, program: Callable[..., int], *args: Any) -> list[tupl
     return ended(folder, started(folder, program, *args))
 
 
+@pytest.mark.slow
 def test_ranks_talk(tmp_path: Path) -> None:
     """Each way in which they do, and what is said when one is gone."""
     first, gone, last = processes.run_ranks(tmp_path, 3, programs.talk)
