@@ -71,7 +71,7 @@ class Group(Protocol):
 
 
 class InProcess:
-    """All replicas in this process, each on any device. Two buffers as long as the parameters are kept between exchanges."""
+    """All replicas in this process, each on any device. Two buffers of float32 (or float64) parameters are kept."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -115,7 +115,7 @@ class OverRanks:
     a rank of n sends 2(n - 1)/n times 4 bytes (8 for float64), as in a ring all-reduce of float32, whose sums however depend on
     n and on the slices.
 
-    Two buffers as long as the parameters are kept between exchanges.
+    Two buffers of float32 (or float64) parameters are kept.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
